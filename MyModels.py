@@ -1,0 +1,211 @@
+"""The models: a small CNN with skip connections, and a ResNet-18 to compare it with.
+
+python MyModels.py                  # layer table of the default model
+python MyModels.py --model resnet18 --size 64
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+NUM_CLASSES = 9
+
+
+class Normalize(nn.Module):
+    """Subtract the training pixels' channel mean and divide by their standard deviation.
+
+    Mean and std are buffers: they are saved with the weights, so a checkpoint can never be
+    used with another data set's normalisation.
+
+    Parameters
+    ----------
+    mean, std : sequence of 3 floats
+        Of the training images, in units of [0, 1].
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class SkipStage(nn.Module):
+    """Two 3x3 convolutions that halve the resolution, with a skip connection around both.
+
+    The main path is conv - MaxPool - BatchNorm - activation - conv - BatchNorm; pooling before
+    the first BatchNorm leaves only a quarter of the values to normalise and activate. The skip
+    path is MaxPool and a 1x1 convolution that matches the widths. (N, in, S, S) -> (N, out,
+    S // 2, S // 2).
+
+    The last BatchNorm starts at zero, so that every stage starts as its skip path alone (Goyal
+    et al. 2017, arXiv 1706.02677, section 5.1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.skip = nn.Sequential(
+            nn.MaxPool2d(2), nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        )
+        self.act2 = nn.ReLU()
+        nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        main = self.act1(self.norm1(self.pool(self.conv1(x))))
+        main = self.norm2(self.conv2(main))
+        return self.act2(main + self.skip(x))
+
+
+class SkipCNN(nn.Module):
+    """The project's CNN: a full-resolution stem, three skip stages and a dense head.
+
+    Parameters
+    ----------
+    mean, std : sequence of 3 floats
+        Channel statistics of the training images, in units of [0, 1].
+    widths : sequence of 4 ints
+        Channels of the stem and of the three stages.
+    dropout : float
+        Probability of dropping a hidden unit of the head.
+
+    Notes
+    -----
+    Takes float images (N, 3, S, S) in [0, 1] with S of 8 or more, returns logits (N, 9).
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        widths: Sequence[int] = (32, 64, 128, 160),
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        self.stage1 = SkipStage(widths[0], widths[1])
+        self.stage2 = SkipStage(widths[1], widths[2])
+        self.stage3 = SkipStage(widths[2], widths[3])
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(widths[3], 128),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(128, NUM_CLASSES),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(self.normalize(images))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.head(self.pool(x))
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling.
+
+    The ImageNet stem would shrink 28 px to 7 px before the first block; this is the variant
+    that MedMNIST's official experiments use at 28 px. Same input and output as `SkipCNN`.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.net = resnet18(num_classes=NUM_CLASSES)
+        self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.net.maxpool = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(self.normalize(images))
+
+
+MODELS = {"skipcnn": SkipCNN, "resnet18": ResNet18}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, str, int]]:
+    """Describe every layer by running one image through the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any of `MODELS`.
+    size : int
+        Height and width of the image in pixels.
+
+    Returns
+    -------
+    list of (name, type, kernel, output shape, parameters)
+        One row per layer without children, in order of execution.
+    """
+    rows = []
+
+    def record(name: str, module: nn.Module):
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            kernel = getattr(module, "kernel_size", "")
+            if isinstance(kernel, int):
+                kernel = (kernel, kernel)
+            shape = " x ".join(str(n) for n in output.shape[1:])
+            rows.append(
+                (
+                    name,
+                    type(module).__name__,
+                    "x".join(map(str, kernel)),
+                    shape,
+                    count_parameters(module),
+                )
+            )
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    hooks = [module.register_forward_hook(record(name, module)) for name, module in leaves]
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return rows
+
+
+def layer_markdown(model: nn.Module, size: int = 28) -> str:
+    """Return `layer_table` as a Markdown table with the total in the last row."""
+    lines = ["| layer | type | kernel | output | parameters |", "|---|---|---|---|---:|"]
+    lines += [
+        f"| {name} | {kind} | {kernel} | {shape} | {n:,} |"
+        for name, kind, kernel, shape, n in layer_table(model, size)
+    ]
+    return "\n".join([*lines, f"| **total** | | | | **{count_parameters(model):,}** |"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print a model's layer table as Markdown.")
+    parser.add_argument("--model", choices=MODELS, default="skipcnn", help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=28, help="image size in px (default: 28)")
+    args = parser.parse_args()
+    print(layer_markdown(MODELS[args.model](), args.size))

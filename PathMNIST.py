@@ -1,0 +1,775 @@
+"""Train a small CNN on PathMNIST, evaluate it, and classify new tiles with it.
+
+    python PathMNIST.py                                   # find the data, train, evaluate
+    python PathMNIST.py --data pathmnist.npz --seeds 0 1 2 3 4
+    python PathMNIST.py --resume runs/NAME                # go on after an interruption
+    python PathMNIST.py --evaluate runs/NAME              # evaluate again, no training
+    python PathMNIST.py --predict tile.png folder/        # classify images with runs/best
+    torchrun --nproc-per-node=2 PathMNIST.py              # several processes or GPUs
+
+Every run leaves its own folder: TensorBoard log, weights, metrics, figures, predictions.
+"""
+
+import argparse
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+import Evaluation
+from analyze_data import (
+    CLASS_NAMES,
+    SHORT_NAMES,
+    PathData,
+    UserError,
+    channel_stats,
+    find_data,
+    load_data,
+)
+from MyModels import MODELS, count_parameters, layer_markdown
+from Training import (
+    Config,
+    Stopped,
+    augment,
+    fit,
+    load_checkpoint,
+    load_weights,
+    predict,
+    resolve,
+    to_float,
+    world,
+    write_atomically,
+)
+
+BEST = Path(__file__).resolve().parent / "runs" / "best"
+EVAL_BATCH = 500
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def number(kind: type, low: float, high: float):
+    """Return an argparse type: a number of that kind within [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def run_name(text: str) -> str:
+    """Argparse type: a plain folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name of letters, digits, ._+-")
+    return text
+
+
+def build_parser() -> Parser:
+    """Return the command line. What is not given is absent, so that `Config` has the defaults."""
+    default = Config()
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--data", help="npz file, or folder with pathmnist.npz (default: found or downloaded)")
+    add("--model", choices=MODELS, help=f"default: {default.model}")
+    add("--epochs", type=number(int, 1, 100_000), help="default: from a budget of steps")
+    add(
+        "--batch-size",
+        type=number(int, 2, 65_536),
+        help=f"images per step and process (default: {default.batch_size})",
+    )
+    add("--lr", type=number(float, 1e-12, 1e12), help=f"peak learning rate (default: {default.lr})")
+    add(
+        "--weight-decay",
+        type=number(float, 0, 1e6),
+        help=f"of weights, not of biases (default: {default.weight_decay})",
+    )
+    add(
+        "--patience",
+        type=number(int, 1, 100_000),
+        help="epochs without a lower val loss before stopping (default: a third of the epochs)",
+    )
+    seeds = parser.add_mutually_exclusive_group()
+    seed = number(int, 0, 2**31 - 1)
+    seeds.add_argument("--seed", type=seed, help=f"default: {default.seed}")
+    seeds.add_argument("--seeds", type=seed, nargs="+", help="one run per seed, and their ensemble")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="default: auto (bf16 where fast)")
+    add("--log-dir", type=Path, help="folder of all runs (default: runs)")
+    add("--name", type=run_name, help="the run's folder (default: model, seed and time)")
+    add("--embeddings", action="store_true", help="add val tiles to TensorBoard's projector")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    mode.add_argument("--evaluate", type=Path, metavar="RUN", help="evaluate a finished run")
+    mode.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="classify images")
+    add("--checkpoint", type=Path, metavar="RUN", help="for --predict (default: runs/best)")
+    add("--explain", action="store_true", help="for --predict: save each tile and its Grad-CAM")
+    return parser
+
+
+# ------------------------------------------------------------------------------ data and model
+
+
+def make_loader(
+    data: PathData,
+    split: str,
+    batch_size: int,
+    device: str = "cpu",
+    shuffle_seed: int | None = None,
+) -> DataLoader:
+    """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,).
+
+    One index fetches a whole batch out of one tensor (`batch_size=None` with a `BatchSampler`):
+    no image is ever handled alone. On a GPU the split lies in the device's memory.
+
+    Parameters
+    ----------
+    data : PathData
+    split : str
+        "train", "val" or "test".
+    batch_size : int
+    device : str
+    shuffle_seed : int, optional
+        Shuffles anew each epoch, as a function of this seed and the epoch. Without it the order
+        is the file's, and each of several processes gets its own share.
+    """
+    tensors = [torch.from_numpy(array) for array in (data.images[split], data.labels[split])]
+    if device == "cuda":
+        tensors = [tensor.to(device) for tensor in tensors]
+    dataset = TensorDataset(*tensors)
+    rank, size = world()
+    if shuffle_seed is None:
+        order: Iterable[int] = range(rank, len(dataset), size)
+        return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, False))
+    order = DistributedSampler(dataset, size, rank, seed=shuffle_seed * 100_003)
+    # BatchNorm cannot train on a batch of one image: such a last batch waits for another epoch.
+    drop_last = len(order) % batch_size == 1 and len(order) > 1
+    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
+
+
+def dataset_card(data: PathData) -> dict:
+    """Return what results say about the data they come from."""
+    return {
+        "path": str(data.path),
+        "kind": data.kind,
+        "md5": data.md5,
+        "size": data.size,
+        "counts": data.counts,
+    }
+
+
+def figure_note(data: PathData) -> str:
+    """Return what every figure has to say about its data."""
+    return "SYNTHETIC DATA, not real tissue" if data.kind == "synthetic" else ""
+
+
+def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
+    """Return a finished run's best model, in evaluation mode, and its checkpoint."""
+    path = run_dir / "best.pt" if run_dir.is_dir() else run_dir
+    checkpoint = load_checkpoint(path, device)
+    name = checkpoint["config"].get("model")
+    if name not in MODELS:
+        raise UserError(f"{path}: holds an unknown model {name!r}; known: {', '.join(MODELS)}")
+    model = MODELS[name]()
+    load_weights(model, checkpoint, "model", path)
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+# ------------------------------------------------------------------------------ run folders
+
+
+def make_run_dir(log_dir: Path, name: str, unique: bool = True) -> Path:
+    """Create a run's own folder; where `unique`, the name must not be taken yet."""
+    for attempt in range(1, 1000):
+        run_dir = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError as error:
+            if not log_dir.is_dir():
+                raise UserError(f"--log-dir {log_dir}: not a folder; choose another") from error
+            if unique:
+                raise UserError(
+                    f"{run_dir}: exists already; choose another --name or --resume it"
+                ) from error
+        except OSError as error:
+            raise UserError(
+                f"--log-dir {log_dir}: cannot be written ({error.strerror}); choose another"
+            ) from error
+    raise UserError(f"{log_dir / name}: too many runs of that name; choose another --name")
+
+
+def lock(run_dir: Path) -> io.IOBase:
+    """Keep a second process out of a run's folder for as long as this one lives."""
+    file = open(run_dir / ".lock", "w")  # noqa: SIM115 (stays open, the system closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{run_dir}: another process is training there; wait for it") from error
+    return file
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that a person can read."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_run(run_dir: Path) -> dict:
+    """Return a run's config.json."""
+    path = run_dir / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+        known = {field.name for field in fields(Config)}
+        settings["config"] = Config(**{k: settings["config"][k] for k in known})
+        settings["dataset"]["md5"], settings["dataset"]["path"]
+        return settings
+    except OSError as error:
+        raise UserError(f"{run_dir}: not the folder of a run (no config.json)") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version; train anew") from error
+
+
+# ------------------------------------------------------------------------------ the story
+
+
+def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = False) -> dict:
+    """Train one model into `run_dir` (or go on there), evaluate it, and return its results.
+
+    Returns
+    -------
+    dict
+        metrics.json's content, and under "probs" the arrays that it was computed from.
+    """
+    rank, _ = world()
+    mean, std = channel_stats(data.images["train"])
+    torch.manual_seed(config.seed)
+    model = MODELS[config.model](mean=mean.tolist(), std=std.tolist())
+    train_loader = make_loader(data, "train", config.batch_size, config.device, config.seed)
+    val_loader = make_loader(data, "val", EVAL_BATCH, config.device)
+    if rank > 0:
+        fit(model, train_loader, val_loader, config, run_dir)
+        return {}
+
+    _guard = lock(run_dir)
+    resuming = (run_dir / "last.pt").exists()
+    settings = {
+        "config": asdict(config),
+        "dataset": dataset_card(data),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+    if not resuming:
+        write_json(run_dir / "config.json", settings)
+    epochs_done = load_checkpoint(run_dir / "last.pt")["epoch"] if resuming else 0
+    print(
+        f"{run_dir}: {config.model}, {count_parameters(model):,} parameters, "
+        f"{config.epochs} epochs of {len(train_loader)} batches of {config.batch_size}, "
+        f"{config.device} {config.precision}, seed {config.seed}"
+        + (f", resumed after epoch {epochs_done}" if resuming else "")
+    )
+    with SummaryWriter(str(run_dir), purge_step=epochs_done + 1 if resuming else None) as writer:
+        if not resuming:
+            log_start(writer, model, data, config, settings)
+
+        def log_confusion(epoch: int, probs: np.ndarray, labels: np.ndarray) -> None:
+            if epoch % math.ceil(config.epochs / 5) == 0:
+                matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
+                figure = Evaluation.confusion_figure(matrix, note=f"val, epoch {epoch}")
+                writer.add_figure("Confusion/val by epoch", figure, epoch)
+
+        history = fit(
+            model,
+            train_loader,
+            val_loader,
+            config,
+            run_dir,
+            writer,
+            {"md5": data.md5, "size": data.size, "kind": data.kind},
+            log_confusion,
+        )
+        best = min(history, key=lambda row: row["val_loss"])["epoch"]
+        seconds = sum(row["seconds"] for row in history)
+        training = {
+            "seed": config.seed,
+            "best_epoch": best,
+            "epochs": len(history),
+            "train_seconds": seconds,
+            "images_per_second": len(history) * data.counts["train"] / seconds,
+        }
+        results = evaluate(model, config, data, run_dir, training, writer, history)
+        log_end(writer, config, results)
+        if embeddings:
+            log_embeddings(writer, model, data)
+    return results
+
+
+def evaluate(
+    model: nn.Module,
+    config: Config,
+    data: PathData,
+    out_dir: Path,
+    training: dict,
+    writer: SummaryWriter | None = None,
+    history: Sequence[dict] = (),
+) -> dict:
+    """Evaluate on val and test, write metrics, predictions and figures into `out_dir`.
+
+    `training` is what metrics.json says about how the model came about. The test split is read
+    here and nowhere else.
+    """
+    note = figure_note(data)
+    probs, metrics = {}, {}
+    with tqdm(total=4, desc="evaluate", unit="pass", disable=None) as bar:
+        for split in ("val", "test"):
+            for views, key in ((1, split), (8, f"{split}_tta")):
+                loader = make_loader(data, split, EVAL_BATCH, config.device)
+                probs[key], labels = predict(model, loader, views)
+                metrics[key] = Evaluation.compute_metrics(probs[key], labels)
+                bar.update()
+    results = {
+        "dataset": dataset_card(data),
+        "model": {"name": config.model, "parameters": count_parameters(model)},
+        **training,
+        **metrics,
+    }
+    for old in out_dir.glob("pathmnist*_test_*.csv"):
+        old.unlink()
+    Evaluation.save_predictions(out_dir, probs["test"], metrics["test"], out_dir.name, data.size)
+    write_json(out_dir / "metrics.json", results)
+    figures = result_figures(model, config, data, probs, metrics, note)
+    if history:
+        curves = Evaluation.learning_curves(list(history), training["best_epoch"], note=note)
+        figures = {"learning_curves": curves, **figures}
+    (out_dir / "figures").mkdir(exist_ok=True)
+    for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
+        figure.savefig(out_dir / "figures" / f"{name}.png")
+        if writer is not None:
+            writer.add_figure(f"Results/{name}", figure, training["epochs"])
+    if writer is not None:
+        for split in ("val", "test"):
+            for label, short in enumerate(SHORT_NAMES):
+                writer.add_pr_curve(
+                    f"PR {split}/{short}",
+                    data.labels[split] == label,
+                    probs[split][:, label],
+                    training["epochs"],
+                )
+    return {**results, "probs": probs}
+
+
+def result_figures(
+    model: nn.Module,
+    config: Config,
+    data: PathData,
+    probs: dict[str, np.ndarray],
+    metrics: dict[str, dict],
+    note: str,
+) -> dict:
+    """Return every figure of results by its file name, all of the test split but where named."""
+    images, labels, test = data.images["test"], data.labels["test"], probs["test"]
+    figures = {
+        "confusion_val": Evaluation.confusion_figure(
+            metrics["val"]["confusion_matrix"], f"val {note}".strip()
+        ),
+        "confusion_test": Evaluation.confusion_figure(
+            metrics["test"]["confusion_matrix"], f"test {note}".strip()
+        ),
+        "per_class_test": Evaluation.per_class_figure(metrics["test"], note),
+        "examples_correct": Evaluation.examples_figure(images, labels, test, True, note=note),
+        "examples_incorrect": Evaluation.examples_figure(images, labels, test, False, note=note),
+        "reliability_test": Evaluation.reliability_figure(test, labels, note),
+        "confidence_test": Evaluation.confidence_figure(test, labels, note),
+    }
+    right = test.argmax(1) == labels
+    shown = np.concatenate([np.flatnonzero(right)[:4], np.flatnonzero(~right)[:4]])
+    inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
+    layer = model.stage2 if config.model == "skipcnn" else model.net.layer2
+    heatmaps = Evaluation.grad_cam(model, inputs, layer)
+    figures["gradcam_test"] = Evaluation.gradcam_figure(
+        images[shown], heatmaps, labels[shown], test[shown], note
+    )
+    return figures
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def log_start(
+    writer: SummaryWriter, model: nn.Module, data: PathData, config: Config, settings: dict
+) -> None:
+    """Log what is known before training: graph, chart layout, texts, augmented tiles."""
+    example = to_float(torch.from_numpy(data.images["train"][:1]))
+    writer.add_graph(model.eval(), example)
+    writer.add_custom_scalars(
+        {
+            "Train and val": {
+                "Loss": ["Multiline", ["Loss/train", "Loss/val"]],
+                "Accuracy": ["Multiline", ["Accuracy/train", "Accuracy/val"]],
+            },
+            "Classes": {"Recall val": ["Multiline", [f"Recall val/{s}" for s in SHORT_NAMES]]},
+        }
+    )
+    for name in ("config", "dataset"):
+        rows = [f"| {key} | {value} |" for key, value in settings[name].items()]
+        writer.add_text(name, "\n".join([f"| {name} | |", "|---|---|", *rows]))
+    writer.add_text("layers", layer_markdown(model, data.size))
+    tiles = torch.from_numpy(data.images["train"][:8])
+    views = augment(tiles, torch.Generator().manual_seed(config.seed), config)
+    figure = Evaluation.augmentation_figure(
+        tiles.numpy(), views.permute(0, 2, 3, 1).numpy(), figure_note(data)
+    )
+    writer.add_figure("Training/augmentation", figure, 0)
+
+
+def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
+    """Log the results table and the run's row in the HParams table (once, in the same file)."""
+    metrics = {key: results[key] for key in ("val", "test", "val_tta", "test_tta")}
+    writer.add_text("results", Evaluation.results_markdown(metrics))
+    values = {k: v if v is not None else "none" for k, v in asdict(config).items()}
+    figures = {
+        f"hparam/{split} {name}": results[split][name]
+        for split in metrics
+        for name in ("accuracy", "auc", "loss")
+        if results[split][name] is not None
+    }
+    for summary in hparams(values, figures):
+        writer.file_writer.add_summary(summary)
+    for tag, value in figures.items():
+        writer.add_scalar(tag, value, results["epochs"])
+
+
+def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> None:
+    """Log the head's input for every val tile, with names and pictures, to the projector."""
+    features: list[torch.Tensor] = []
+    hook = list(model.modules())[-1].register_forward_pre_hook(
+        lambda _module, inputs: features.append(inputs[0].cpu())
+    )
+    loader = make_loader(data, "val", EVAL_BATCH, next(model.parameters()).device.type)
+    predict(model, loader)
+    hook.remove()
+    names = [CLASS_NAMES[label] for label in data.labels["val"]]
+    tiles = to_float(torch.from_numpy(data.images["val"]))
+    writer.add_embedding(torch.cat(features), names, tiles, tag="val")
+
+
+# ------------------------------------------------------------------------------ new tiles
+
+
+def find_tiles(paths: Sequence[Path]) -> list[Path]:
+    """Return the files among `paths` and, sorted, all files in the folders among them."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"--predict {path}: no such file or folder")
+    if not files:
+        raise UserError(f"--predict {paths[0]}: no files in that folder")
+    return files
+
+
+def read_tile(path: Path, size: int) -> np.ndarray:
+    """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
+
+    Transparent pixels become white, as an empty slide is; 16-bit greys are scaled to 8 bits.
+    Raises an exception of Pillow's when the file is not an image, or too large to be one.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                grey = np.asarray(image, dtype=np.float64)
+                top = 65_535 if grey.max() > 255 else 255
+                image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def read_tiles(
+    files: Sequence[Path], size: int, skipped: list[Path]
+) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Yield the readable files in batches; name the others on stderr and put them in `skipped`."""
+    for start in range(0, len(files), EVAL_BATCH):
+        good, tiles = [], []
+        for path in files[start : start + EVAL_BATCH]:
+            try:
+                tiles.append(read_tile(path, size))
+                good.append(path)
+            except (OSError, ValueError, SyntaxError, Warning, Exception) as error:
+                skipped.append(path)
+                print(f"skipped {path}: {type(error).__name__}", file=sys.stderr)
+        if good:
+            yield good, torch.from_numpy(np.stack(tiles))
+
+
+def classify(
+    paths: Sequence[Path], run_dir: Path, device: str, explain: bool, out_dir: Path
+) -> int:
+    """Classify image files; print a table, write `predictions.csv`; return the exit status.
+
+    Probabilities are means over the eight flips and quarter turns.
+    """
+    model, checkpoint = load_model(run_dir, device)
+    size = checkpoint["identity"].get("size", 28)
+    layer = model.stage2 if hasattr(model, "stage2") else model.net.layer2
+    files, skipped, rows = find_tiles(paths), [], []
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint["identity"].get("kind") == "synthetic":
+        print(
+            "This model was trained on SYNTHETIC data: its answers mean nothing.", file=sys.stderr
+        )
+    with tqdm(total=len(files), unit="tile", disable=None) as bar:
+        for names, tiles in read_tiles(files, size, skipped):
+            probs, _ = predict(model, [(tiles, torch.zeros(len(tiles)))], views=8)
+            rows += zip(names, probs, strict=True)
+            if explain:
+                heatmaps = Evaluation.grad_cam(model, to_float(tiles).to(device), layer)
+                for name, tile, heatmap, p in zip(names, tiles, heatmaps, probs, strict=True):
+                    figure = Evaluation.gradcam_figure(
+                        tile[None].numpy(), heatmap[None], None, p[None]
+                    )
+                    figure.savefig(out_dir / f"{name.stem}.png")
+            bar.update(len(names))
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["file", "class", *SHORT_NAMES])
+    table.writerows([name, SHORT_NAMES[p.argmax()], *p.tolist()] for name, p in rows)
+    write_atomically(out_dir / "predictions.csv", buffer.getvalue().encode())
+    print(f"{'file':40}  {'class':36}  prob.  second")
+    for name, p in rows[:50]:
+        second, first = np.argsort(p)[-2:]
+        print(
+            f"{name.name[-40:]:40}  {CLASS_NAMES[first]:36}  {p[first]:.3f}  "
+            f"{SHORT_NAMES[second]} {p[second]:.3f}"
+        )
+    more = f" ({len(rows) - 50} more)" if len(rows) > 50 else ""
+    print(f"All nine probabilities of {len(rows)} tiles: {out_dir / 'predictions.csv'}{more}")
+    if skipped:
+        print(
+            f"error: {len(skipped)} of {len(files)} files are not readable images, named above; "
+            "convert or remove them",
+            file=sys.stderr,
+        )
+    return 2 if skipped else 0
+
+
+# ------------------------------------------------------------------------------ modes
+
+
+def new_runs(args: dict) -> dict:
+    """Train one run, or with `--seeds` one per seed; return the (last) run's results."""
+    names = {field.name for field in fields(Config)}
+    options = {key: value for key, value in args.items() if key in names}
+    data = load_data(shared(lambda: find_data(args.get("data"))))
+    seeds = list(dict.fromkeys(args.get("seeds", [args.get("seed", Config.seed)])))
+    log_dir = args.get("log_dir", Path("runs"))
+    config = resolve(Config(**options), max(1, data.counts["train"] // world()[1]))
+    name = f"{config.model}-seed{'-'.join(map(str, seeds))}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = args.get("name", f"synthetic-{name}" if data.kind == "synthetic" else name)
+    run_dir = shared(lambda: make_run_dir(log_dir, name, unique="name" in args))
+    if len(seeds) == 1:
+        results = train(data, config, run_dir, "embeddings" in args)
+        summarise(results, run_dir, log_dir)
+        return results
+    runs = []
+    for seed in seeds:
+        seed_dir = shared(lambda seed=seed: make_run_dir(run_dir, f"seed{seed}"))
+        runs.append(train(data, replace(config, seed=seed), seed_dir, "embeddings" in args))
+        summarise(runs[-1], seed_dir, log_dir)
+    return summarise_seeds(runs, data, run_dir)
+
+
+def resume_run(args: dict) -> dict:
+    """Continue an interrupted run with its own options and data."""
+    run_dir = args["resume"]
+    settings = read_run(run_dir)
+    config = settings["config"]
+    for key, value in args.items():
+        if hasattr(config, key) and getattr(config, key) != value:
+            raise UserError(
+                f"--{key.replace('_', '-')} {value}: {run_dir} was started with "
+                f"{getattr(config, key)}; resume without that flag, or start a new run"
+            )
+    refuse(args, ("seeds", "name", "log_dir"), "--resume")
+    data = load_data(find_data(args.get("data", settings["dataset"]["path"])))
+    if data.md5 != settings["dataset"]["md5"]:
+        raise UserError(
+            f"{data.path}: not the file that {run_dir} was trained on; give that --data"
+        )
+    if not (run_dir / "last.pt").exists():
+        raise UserError(f"{run_dir}: no last.pt to resume from; start a new run")
+    results = train(data, resolve(config, data.counts["train"]), run_dir, "embeddings" in args)
+    summarise(results, run_dir, run_dir.parent)
+    return results
+
+
+def evaluate_run(args: dict) -> dict:
+    """Evaluate a finished run again, on its own data or, into a folder of its own, on other."""
+    run_dir = args["evaluate"]
+    settings = read_run(run_dir)
+    if args.get("model", settings["config"].model) != settings["config"].model:
+        raise UserError(f"--model {args['model']}: {run_dir} holds a {settings['config'].model}")
+    names = {field.name for field in fields(Config)} - {"model", "device"}
+    refuse(args, (*names, "seeds", "name", "log_dir", "embeddings"), "--evaluate")
+    data = load_data(find_data(args.get("data", settings["dataset"]["path"])))
+    config = resolve(
+        replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
+        data.counts["train"],
+    )
+    model, _ = load_model(run_dir, config.device)
+    out_dir = run_dir
+    if data.md5 != settings["dataset"]["md5"]:
+        out_dir = run_dir / f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
+        out_dir.mkdir(exist_ok=True)
+        print(f"Not the data that {run_dir} was trained on: results go to {out_dir}.")
+    try:
+        old = json.loads((run_dir / "metrics.json").read_text())
+        keys = ("seed", "best_epoch", "epochs", "train_seconds", "images_per_second")
+        training = {key: old[key] for key in keys}
+    except (OSError, ValueError, KeyError):
+        training = {"seed": config.seed}
+    results = evaluate(model, config, data, out_dir, training)
+    summarise(results, out_dir, run_dir.parent)
+    return results
+
+
+def refuse(args: dict, names: Sequence[str], mode: str) -> None:
+    """Say which flags a mode cannot honour instead of ignoring them."""
+    for name in names:
+        if name in args:
+            raise UserError(f"--{name.replace('_', '-')}: has no effect with {mode}; leave it out")
+
+
+def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> dict:
+    """Write summary.json: mean and spread over the seeds, and their ensemble; print the table."""
+    if world()[0] > 0:
+        return {}
+    keys = ("val", "val_tta", "test", "test_tta")
+    summary: dict = {"dataset": dataset_card(data), "seeds": [run["seed"] for run in runs]}
+    for key in keys:
+        names = [name for name, value in runs[0][key].items() if isinstance(value, float)]
+        values = {name: [run[key][name] for run in runs] for name in names}
+        ensemble = np.mean([run["probs"][key] for run in runs], axis=0)
+        summary[key] = {
+            "mean": {name: float(np.mean(v)) for name, v in values.items()},
+            "std": {name: float(np.std(v, ddof=1)) for name, v in values.items()},
+            "ensemble": Evaluation.compute_metrics(ensemble, data.labels[key.split("_")[0]]),
+        }
+    summary["train_seconds"] = [run["train_seconds"] for run in runs]
+    write_json(run_dir / "summary.json", summary)
+    print(f"\n{len(runs)} seeds, mean accuracy (standard deviation), and their ensemble:")
+    for key in keys:
+        part = summary[key]
+        print(
+            f"  {key:9} {part['mean']['accuracy']:.4f} ({part['std']['accuracy']:.4f})   "
+            f"ensemble {part['ensemble']['accuracy']:.4f}"
+        )
+    print(f"Written to {run_dir / 'summary.json'}")
+    return summary
+
+
+def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
+    """Print what was reached and where everything lies."""
+    if world()[0] > 0:
+        return
+    rows = {key: results[key] for key in ("val", "val_tta", "test", "test_tta")}
+    data = results["dataset"]
+    what = "SYNTHETIC data: no result" if data["kind"] == "synthetic" else f"{data['kind']} data"
+    print(f"\n{what}, {data['path']}\n{Evaluation.results_markdown(rows)}")
+    print(f"(_tta: mean over the eight flips and quarter turns)\n\nEverything is in {out_dir}:")
+    for path in sorted(out_dir.iterdir()):
+        if path.name[0] != "." and not path.name.startswith("events"):
+            print(f"  {path.name}{'/' if path.is_dir() else ''}")
+    print(f"Look at it with: tensorboard --logdir {log_dir}")
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def join_processes() -> None:
+    """Under torchrun, join the other processes (nccl between GPUs, gloo between CPUs)."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one voice on the terminal)
+
+
+def shared(make):
+    """Return what `make()` returns in the first process, in all processes."""
+    box = [make() if world()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status (0; 2 bad input; 130, 143 stopped)."""
+    args = vars(build_parser().parse_args(argv))
+    Stopped.install()
+    try:
+        join_processes()
+        if "predict" in args:
+            names = {field.name for field in fields(Config)} - {"device"}
+            refuse(args, (*names, "data", "seeds", "name", "embeddings"), "--predict")
+            checkpoint = args.get("checkpoint", BEST)
+            device = resolve(Config(device=args.get("device", "auto")), 1).device
+            out_dir = args.get("log_dir", Path("predictions"))
+            return classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
+        refuse(args, ("checkpoint", "explain"), "training or evaluation (only with --predict)")
+        mode = resume_run if "resume" in args else evaluate_run if "evaluate" in args else new_runs
+        mode(args)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"\nstopped by {name}", file=sys.stderr)
+        return 128 + stop.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,611 @@
+"""Training: the loop over epochs and batches, and everything that it needs.
+
+Augmentation, optimiser and schedule, moving average of the weights, validation after each epoch,
+early stopping, TensorBoard scalars, checkpoints and resume. Used by PathMNIST.py:
+
+    history = fit(model, train_loader, val_loader, config, run_dir, writer)
+    probs, labels = predict(model, test_loader)
+"""
+
+import copy
+import csv
+import io
+import math
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from analyze_data import SHORT_NAMES, UserError
+from Evaluation import validation_metrics
+
+# Budget of optimisation steps that sets the default number of epochs, and its limits.
+STEPS, MIN_EPOCHS, MAX_EPOCHS = 3000, 12, 240
+
+# Haematoxylin, eosin and residual in optical density (Ruifrok & Johnston 2001, unit rows).
+HED = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of one training run; None means "decided by `resolve`"."""
+
+    model: str = "skipcnn"
+    epochs: int | None = None
+    batch_size: int = 64
+    lr: float = 4e-3
+    weight_decay: float = 0.05
+    patience: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    label_smoothing: float = 0.1
+    warmup: float = 0.2  # share of the steps in which the learning rate rises
+    ema: float = 0.04  # horizon of the weights' moving average, as a share of the steps; 0: off
+    flips: bool = True  # flips, quarter turns and shifts
+    color: float = 0.15  # half width of the gain and the offset per channel; 0: off
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM arrived; the last checkpoint on disk is whole.
+
+    Checkpoints are written atomically at the end of every epoch, so the signal may interrupt
+    anything at once. A second signal meets the system's own handler and ends the process.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+    @classmethod
+    def install(cls) -> None:
+        """Turn the first SIGINT or SIGTERM of this process into a `Stopped` exception."""
+
+        def handle(signum: int, _frame: object) -> None:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
+            raise cls(signum)
+
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, handle)
+
+
+def resolve(config: Config, n_train: int) -> Config:
+    """Fill in what was left to the program: epochs, patience, device and precision.
+
+    Parameters
+    ----------
+    config : Config
+        As given by the user.
+    n_train : int
+        Number of training images.
+
+    Raises
+    ------
+    UserError
+        If the device or the precision is not available on this machine.
+    """
+    steps_per_epoch = math.ceil(n_train / config.batch_size)
+    epochs = config.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, round(STEPS / steps_per_epoch)))
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device auto or cpu")
+    if device == "mps" and not has_mps():
+        raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device auto or cpu")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    # The schedule needs its whole length to anneal, so by default only a run whose validation
+    # loss has not improved for a third of its epochs is cut short.
+    patience = config.patience or max(5, math.ceil(epochs / 3))
+    return replace(config, epochs=epochs, patience=patience, device=device, precision=precision)
+
+
+def has_mps() -> bool:
+    """Return whether PyTorch can use an Apple GPU."""
+    return torch.backends.mps.is_available()
+
+
+def has_bf16(device: str) -> bool:
+    """Return whether the device computes bfloat16 in hardware (emulated, it is slower)."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def world() -> tuple[int, int]:
+    """Return (rank, number of processes); (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Turn uint8 images (N, S, S, 3) into float (N, 3, S, S) in [0, 1], channels last."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def augment(images: Tensor, generator: torch.Generator, config: Config) -> Tensor:
+    """Draw a random view of every image.
+
+    Parameters
+    ----------
+    images : uint8 Tensor (N, S, S, 3)
+    generator : torch.Generator
+        On the images' device; the only source of randomness.
+    config : Config
+        `flips` and `color` say which augmentations are on.
+
+    Returns
+    -------
+    float Tensor (N, 3, S, S)
+        About [0, 1]; colour augmentation may leave that range.
+    """
+    if config.flips:
+        images = random_view(images, generator)
+    images = to_float(images)
+    if config.color:
+        images = gain_and_offset(images, generator, config.color)
+    return images
+
+
+def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
+    """Flip, turn by quarters and shift every image by up to `shift` px, all in one gather.
+
+    Tissue has no "up", so the eight flips and turns are equally likely (Kather et al. 2019 do
+    the same). Shifts are whole pixels, reflected at the border: nothing is interpolated.
+    Images are uint8 (N, S, S, 3) and stay so.
+    """
+    n, size = images.shape[:2]
+
+    def indices() -> Tensor:
+        def draw(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (n, 1), generator=generator, device=images.device)
+
+        index = (torch.arange(size, device=images.device) + draw(-shift, shift + 1)).abs()
+        index = torch.where(index >= size, 2 * (size - 1) - index, index)
+        return torch.where(draw(0, 2).bool(), size - 1 - index, index)
+
+    flat = indices()[:, :, None] * size + indices()[:, None, :]
+    turn = torch.rand(n, 1, 1, generator=generator, device=images.device) < 0.5
+    flat = torch.where(turn, flat.transpose(1, 2), flat).reshape(n, -1, 1).expand(-1, -1, 3)
+    return images.reshape(n, size * size, 3).gather(1, flat).view_as(images)
+
+
+def gain_and_offset(images: Tensor, generator: torch.Generator, width: float) -> Tensor:
+    """Multiply every channel by 1 +- width and add +- width, on nine images of ten.
+
+    Uniform per image and channel. Ranges and share from arXiv 2409.11546, which found them to
+    carry across the two centres of NCT-CRC-HE.
+    """
+    n = len(images)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=images.device)
+
+    on = draw(n, 1, 1, 1) < 0.9
+    gain = 1 + on * width * (2 * draw(n, 3, 1, 1) - 1)
+    return images * gain + on * width * (2 * draw(n, 3, 1, 1) - 1)
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written (no space, no permission); the old file is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors and plain Python values atomically."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> dict:
+    """Read a checkpoint without running any code that it may hold.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, or not one of this project's checkpoints.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give the folder of a finished run")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, it holds more than tensors; train anew") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint; train anew") from error
+    if not isinstance(checkpoint, dict) or not {"model", "config", "epoch"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of this project; train anew")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------ prediction
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, loader: DataLoader, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return class probabilities and labels of every image in the loader, in its order.
+
+    The one path to probabilities: validation, test, figures and new tiles all come here. It is
+    computed in float32, whatever the training precision, and changes nothing in the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On any device; its train or eval mode is restored.
+    loader : DataLoader
+        Yields uint8 images (n, S, S, 3) and int64 labels (n,).
+    views : int
+        1, or 8 for the mean over the flips and quarter turns that training draws from.
+
+    Returns
+    -------
+    probs : float32 array (N, 9)
+    labels : int64 array (N,)
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    all_probs, all_labels = [], []
+    for images, labels in loader:
+        x = to_float(images.to(device, non_blocking=True))
+        turned = [torch.rot90(x, turn, (2, 3)) for turn in range(4 if views == 8 else 1)]
+        flipped = [t.flip(3) for t in turned] if views == 8 else []
+        probs = [model(view).float().softmax(1) for view in turned + flipped]
+        all_probs.append(torch.stack(probs).mean(0))
+        all_labels.append(labels)
+    model.train(was_training)
+    return torch.cat(all_probs).cpu().numpy(), torch.cat(all_labels).cpu().numpy()
+
+
+def gather(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Join what each process holds of an evaluation; with one process, change nothing."""
+    if not dist.is_initialized():
+        return list(arrays)
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, arrays)
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW; biases and BatchNorm scales are not decayed (He et al. 2019, 1812.01187)."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Return the learning rate of a step: a linear rise, then half a cosine down to zero.
+
+    A pure function of the step, so that resuming needs no scheduler state.
+    """
+    progress = step / total_steps
+    if progress < config.warmup:
+        return config.lr * max(progress, 1e-3) / config.warmup
+    return (
+        config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
+    )
+
+
+def float_state(model: nn.Module) -> list[Tensor]:
+    """Return the model's weights and BatchNorm statistics, as views that stay current."""
+    return [t for t in model.state_dict().values() if t.is_floating_point()]
+
+
+def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generator:
+    """Make order, dropout and augmentation functions of (seed, epoch) alone.
+
+    That is what makes a resumed run equal, bit for bit, one that was never interrupted.
+    """
+    rank, size = world()
+    number = ((config.seed * 100_003 + epoch) * size + rank) % 2**63
+    loader.sampler.sampler.set_epoch(epoch)
+    torch.manual_seed(number)
+    return torch.Generator(config.device).manual_seed(number)
+
+
+def train_one_epoch(
+    net: nn.Module,
+    average: Callable[[int], None],
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    epoch: int,
+    bar: tqdm,
+) -> tuple[float, float]:
+    """Train on every image once; return (mean cross-entropy, accuracy) on the augmented images.
+
+    Sums stay on the device until the end, so a GPU is never waited for inside the epoch.
+    """
+    net.train()
+    generator = seed_epoch(loader, config, epoch)
+    total_steps = config.epochs * len(loader)
+    sums = torch.zeros(3, dtype=torch.float64 if config.device != "mps" else None)
+    sums = sums.to(config.device)
+    for step, (images, labels) in enumerate(loader, start=epoch * len(loader)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, config)
+        images = images.to(config.device, non_blocking=True)
+        labels = labels.to(config.device, non_blocking=True)
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = net(augment(images, generator, config))
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average(step)
+        with torch.no_grad():
+            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([loss_sum, correct, torch.ones_like(correct) * len(labels)])
+        bar.update()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss_sum, correct, count = sums.tolist()
+    return loss_sum / count, correct / count
+
+
+def make_average(model: nn.Module, config: Config, total_steps: int):
+    """Return (averaged model, function to call after each step with the step's number).
+
+    An exponential moving average of weights and BatchNorm statistics, over a share of the run so
+    that long and short runs average alike; its decay rises with the first steps so that the
+    random initial weights are soon forgotten. With `config.ema` 0 it is the model itself.
+    """
+    if not config.ema:
+        return model, lambda step: None
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    ours, theirs = float_state(averaged), float_state(model)
+    longest = 1 - 1 / max(1.0, config.ema * total_steps)
+
+    def update(step: int) -> None:
+        decay = min(longest, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    return averaged, update
+
+
+def synchronise_buffers(*models: nn.Module) -> None:
+    """Average the BatchNorm statistics of all processes, so that they hold one model."""
+    if dist.is_initialized():
+        for tensor in {id(t): t for model in models for t in float_state(model)}.values():
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+def fit(
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    config: Config,
+    run_dir: Path,
+    writer: SummaryWriter | None = None,
+    identity: dict | None = None,
+    after_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+) -> list[dict]:
+    """Train, validating after each epoch, and leave `best.pt` and `last.pt` in `run_dir`.
+
+    Continues from `run_dir/last.pt` when there is one; the result is then bit-identical to that
+    of a run which was never interrupted.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes float images (N, 3, S, S) in [0, 1]; is left with the best epoch's weights.
+    train_loader, val_loader : DataLoader
+        As `PathMNIST.make_loader` makes them.
+    config : Config
+        Resolved (see `resolve`).
+    run_dir : Path
+        An existing folder.
+    writer : SummaryWriter, optional
+        TensorBoard's; None in all processes but the first.
+    identity : dict, optional
+        Plain values that both checkpoints carry (which data they come from, say).
+    after_epoch : callable, optional
+        Called with (epoch, val probabilities, val labels).
+
+    Returns
+    -------
+    list of dict
+        One row per epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, val_auc,
+        recall (list of 9), seconds, images_per_second.
+
+    Raises
+    ------
+    UserError
+        If the loss is no longer finite. `best.pt` is then that of the best epoch before.
+    """
+    rank, size = world()
+    model.to(config.device, memory_format=torch.channels_last)
+    if size > 1 and config.device == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
+    optimizer = make_optimizer(model, config)
+    averaged, average = make_average(model, config, config.epochs * len(train_loader))
+    history: list[dict] = []
+    best_epoch = 0
+
+    def checkpoint(weights: nn.Module, **more: object) -> dict:
+        return {
+            "model": weights.state_dict(),
+            "config": asdict(config),
+            "epoch": len(history),
+            "identity": identity or {},
+            **more,
+        }
+
+    def save_last() -> None:
+        state = {"averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+        more = {"history": history, "best_epoch": best_epoch}
+        save_checkpoint(run_dir / "last.pt", checkpoint(model, **state, **more))
+
+    if (run_dir / "last.pt").exists():
+        last = load_checkpoint(run_dir / "last.pt", config.device)
+        load_weights(model, last, "model", run_dir / "last.pt")
+        load_weights(averaged, last, "averaged", run_dir / "last.pt")
+        optimizer.load_state_dict(last["optimizer"])
+        history, best_epoch = last["history"], last["best_epoch"]
+    elif rank == 0:
+        save_last()  # so that a run stopped in its first epoch can be resumed too
+
+    bar = tqdm(
+        total=config.epochs * len(train_loader),
+        initial=len(history) * len(train_loader),
+        unit="batch",
+        disable=rank > 0 or None,
+    )
+    with bar:
+        for epoch in range(len(history), config.epochs):
+            if epoch - best_epoch >= config.patience:
+                bar.write(f"Early stop: val loss has not improved since epoch {best_epoch}.")
+                break
+            start = time.perf_counter()
+            loss, accuracy = train_one_epoch(
+                net, average, train_loader, optimizer, config, epoch, bar
+            )
+            seconds = time.perf_counter() - start
+            synchronise_buffers(model, averaged)
+            val_probs, val_labels = gather(*predict(averaged, val_loader))
+            val = validation_metrics(val_probs, val_labels)
+            row = {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "val_loss": val["loss"],
+                "val_accuracy": val["accuracy"],
+                "val_auc": val["auc"],
+                "recall": val["recall"],
+                "seconds": seconds,
+                "images_per_second": len(train_loader.dataset) / seconds,
+            }
+            check_finite(row, best_epoch, run_dir)
+            history.append(row)
+            if val["loss"] <= min(r["val_loss"] for r in history):
+                best_epoch = epoch + 1
+            if rank == 0:
+                if best_epoch == epoch + 1:
+                    save_checkpoint(run_dir / "best.pt", checkpoint(averaged))
+                report_epoch(row, config, best_epoch, bar, writer)
+                if after_epoch is not None:
+                    after_epoch(epoch + 1, val_probs, val_labels)
+                if writer is not None:
+                    writer.flush()  # before the checkpoint: a resumed log then has no gap
+                save_last()
+                write_history(run_dir / "history.csv", history)
+    if size > 1:
+        dist.barrier()
+    load_weights(model, load_checkpoint(run_dir / "best.pt", config.device), "model", run_dir)
+    return history
+
+
+def load_weights(model: nn.Module, checkpoint: dict, key: str, path: Path) -> None:
+    """Copy a checkpoint's weights into the model.
+
+    Raises
+    ------
+    UserError
+        If they do not fit the model.
+    """
+    try:
+        model.load_state_dict(checkpoint[key])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        name = checkpoint["config"].get("model", "another model")
+        raise UserError(f"{path}: its weights (of {name}) do not fit this model") from error
+
+
+def check_finite(row: dict, best_epoch: int, run_dir: Path) -> None:
+    """Stop a run that has diverged."""
+    if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
+        kept = (
+            f"{run_dir / 'best.pt'} keeps epoch {best_epoch}" if best_epoch else "nothing to keep"
+        )
+        raise UserError(
+            f"{run_dir}: the loss is not finite in epoch {row['epoch']} ({kept}); "
+            f"try a lower --lr, or --precision fp32"
+        )
+
+
+def report_epoch(
+    row: dict, config: Config, best_epoch: int, bar: tqdm, writer: SummaryWriter | None
+) -> None:
+    """Show an epoch's results on the terminal and log them to TensorBoard."""
+    text = (
+        f"epoch {row['epoch']:3d}/{config.epochs}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
+        f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f} auc {row['val_auc']:.4f}"
+    )
+    if row["epoch"] % math.ceil(config.epochs / 20) == 0 or row["epoch"] == config.epochs:
+        bar.write(text + ("  best" if best_epoch == row["epoch"] else ""))
+    bar.set_postfix_str(f"epoch {row['epoch']}, val acc {row['val_accuracy']:.3f}")
+    if writer is None:
+        return
+    tags = {
+        "Loss/train": row["train_loss"],
+        "Loss/val": row["val_loss"],
+        "Accuracy/train": row["train_accuracy"],
+        "Accuracy/val": row["val_accuracy"],
+        "AUC/val": row["val_auc"],
+        "LR": row["lr"],
+        "Speed/images per second": row["images_per_second"],
+    }
+    tags |= {
+        f"Recall val/{name}": recall
+        for name, recall in zip(SHORT_NAMES, row["recall"], strict=True)
+    }
+    for tag, value in tags.items():
+        writer.add_scalar(tag, value, row["epoch"])
+
+
+def write_history(path: Path, history: Sequence[dict]) -> None:
+    """Write one CSV row per epoch."""
+    buffer = io.StringIO()
+    names = [name for name in history[0] if name != "recall"]
+    table = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_atomically(path, buffer.getvalue().encode())
