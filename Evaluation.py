@@ -260,18 +260,18 @@ def _legend_above(axes: "Axes", side: str, columns: int) -> None:
 
 
 def _tiles(
-    height: float,
     columns: int,
-    tiles: Sequence[np.ndarray],
+    tiles: np.ndarray,
     titles: Sequence[tuple[str, str]] | None,
     text: tuple[str, str, str],
 ) -> "Figure":
-    """Draw images (h, w, 3) in a grid with sharp pixels.
+    """Draw images (N, h, w, 3) in a grid with sharp pixels.
 
-    `height` of a row in inches, `titles` a (title, colour) for each, `text` as in `_figure`.
+    `titles` has a title and a colour for each, `text` is title, note and caption as in `_figure`.
     """
     rows = max(1, -(-len(tiles) // columns))
-    figure = _figure(1.5 + height * rows, *text)
+    row_height = WIDTH / columns * tiles.shape[1] / tiles.shape[2] + (0.45 if titles else 0)
+    figure = _figure(1.4 + row_height * rows, *text)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(tiles) :]:
         axes.set_visible(False)
@@ -284,11 +284,13 @@ def _tiles(
     return figure
 
 
-def _verdict(label: int, probs: np.ndarray, separator: str) -> tuple[str, str]:
-    """Return a tile's title and its colour (blue: right) from the true class and probs (9,)."""
+def _verdict(probs: np.ndarray, label: int | None) -> tuple[str, str]:
+    """Return a tile's title and its colour (blue: right) from probs (9,) and the true class."""
     guess = int(probs.argmax())
-    title = f"true {SHORT_NAMES[label]}{separator}pred. {SHORT_NAMES[guess]} {probs[guess]:.0%}"
-    return title, BLUE if guess == label else VERMILION
+    said = f"pred. {SHORT_NAMES[guess]} {probs[guess]:.0%}"
+    if label is None:
+        return said, "black"
+    return f"true {SHORT_NAMES[label]}\n{said}", BLUE if guess == label else VERMILION
 
 
 def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -391,9 +393,9 @@ def examples_figure(
         f"Shown: {len(chosen)}, drawn at random (seed {seed}), by true class; the percentage is "
         f"the probability of the predicted class.\n{CODES}"
     )
-    titles = [_verdict(labels[index], probs[index], "\n") for index in chosen]
+    titles = [_verdict(probs[index], labels[index]) for index in chosen]
     text = (f"{kind} classified images", note, caption)
-    figure = _tiles(2.2, 4, images[chosen], titles, text)
+    figure = _tiles(4, images[chosen], titles, text)
     if len(chosen) == 0:
         figure.text(0.5, 0.55, f"No image was {kind.lower()} classified.", ha="center")
     return figure
@@ -442,7 +444,7 @@ def confidence_figure(probs: np.ndarray, labels: np.ndarray, note: str = "") -> 
     for axes, (name, chosen, colour) in zip(panels, groups, strict=True):
         confidence = probs.max(axis=1)[chosen]
         counts, *_ = axes.hist(confidence, np.linspace(0, 1, 21), color=colour, edgecolor="white")
-        axes.set(title=f"{name}: {len(confidence):,} images", ylabel="images")
+        axes.set(title=f"{name} (n={len(confidence):,})", ylabel="images")
         axes.set(xlim=(0, 1), ylim=(0, 1.1 * max(1, counts.max())))
         axes.locator_params(axis="y", integer=True, nbins=5)
     panels[1].set_xlabel("confidence")
@@ -457,32 +459,36 @@ def augmentation_figure(plain: np.ndarray, augmented: np.ndarray, note: str = ""
     [0, 1], clipped for display.
     """
     caption = "Each pair: left as in the file, right as training sees it in one epoch."
-    return _tiles(1.17, 3, _pairs(plain, augmented), None, ("Augmentation", note, caption))
+    return _tiles(3, _pairs(plain, augmented), None, ("Augmentation", note, caption))
 
 
 @house_style
 def gradcam_figure(
     images: np.ndarray,
     heatmaps: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     probs: np.ndarray,
     note: str = "",
 ) -> "Figure":
     """Draw each image beside its Grad-CAM heatmap laid over the image in grey.
 
     `images` (N, S, S, 3) uint8 or float in [0, 1], `heatmaps` (N, S, S) in [0, 1] from
-    `grad_cam`, `labels` (N,), `probs` (N, 9).
+    `grad_cam`, `labels` (N,) or None where nobody knows them, `probs` (N, 9).
     """
     from matplotlib import colormaps
 
     grey = _pairs(images, images)[:, :, : images.shape[2]].mean(axis=3, keepdims=True)
     overlay = 0.5 * grey + 0.5 * colormaps["viridis"](heatmaps)[..., :3]
     caption = (
-        "Yellow: what spoke most for the predicted class; dark blue: what did not. Blue frame: "
-        f"classified correctly; red frame: incorrectly.\n{CODES}"
+        "Yellow: what spoke most for the predicted class, dark blue: what did not. Percentage: "
+        "its probability."
     )
-    titles = [_verdict(label, row, ", ") for label, row in zip(labels, probs, strict=True)]
-    return _tiles(1.5, 3, _pairs(images, overlay), titles, ("Grad-CAM", note, caption))
+    if labels is not None:
+        caption += " Blue frame: classified correctly, red frame: incorrectly."
+    truth = [None] * len(images) if labels is None else labels
+    titles = [_verdict(row, label) for row, label in zip(probs, truth, strict=True)]
+    text = ("Grad-CAM", note, f"{caption}\n{CODES}")
+    return _tiles(min(3, len(images)), _pairs(images, overlay), titles, text)
 
 
 # ---- Grad-CAM -----------------------------------------------------------------------------------
@@ -507,7 +513,9 @@ def grad_cam(
     images : Tensor
         Float (N, 3, S, S) in [0, 1].
     layer : nn.Module
-        A part of `model` whose output is (N, channels, height, width).
+        A part of `model` whose output is (N, channels, height, width). For `SkipCNN` at 28 px,
+        `model.stage2` (7 x 7 positions) shows structures, `model.stage3` (3 x 3, the layer that
+        the head pools) little more than a half of the image; from 64 px on, `stage3`.
     classes : (N,) int or None
         The classes to explain; the predicted ones when None.
 

@@ -35,6 +35,10 @@ from Evaluation import validation_metrics
 # Budget of optimisation steps that sets the default number of epochs, and its limits.
 STEPS, MIN_EPOCHS, MAX_EPOCHS = 3000, 12, 240
 
+# Columns of history.csv; the checkpoint's history also has the recall per class.
+CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc"]
+CSV_FIELDS += ["seconds", "images_per_second"]
+
 # Haematoxylin, eosin and residual in optical density (Ruifrok & Johnston 2001, unit rows).
 HED = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 
@@ -305,15 +309,52 @@ def gather(*arrays: np.ndarray) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------ training
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW; biases and BatchNorm scales are not decayed (He et al. 2019, 1812.01187)."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+class ConvMuon(torch.optim.Muon):
+    """torch's Muon, given convolution kernels as the matrices that it takes.
+
+    Muon replaces the gradient of a matrix by the nearest orthogonal one, so that all directions
+    of a layer learn at the same pace (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A
+    kernel (out, in, 3, 3) is handed over as (out, 3 * 3 * in), a view of the same memory: the
+    weights have to be in channels_last format.
+    """
+
+    def __init__(self, kernels: list[nn.Parameter], **options: object) -> None:
+        self.kernels = kernels
+        super().__init__([nn.Parameter(self.as_matrix(kernel)) for kernel in kernels], **options)
+
+    @staticmethod
+    def as_matrix(tensor: Tensor) -> Tensor:
+        """Return a kernel or its gradient as (out, 3 * 3 * in)."""
+        return tensor.detach().permute(0, 2, 3, 1).flatten(1)
+
+    def step(self) -> None:
+        """Update the kernels from their gradients."""
+        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
+            matrix.grad = self.as_matrix(kernel.grad)
+        super().step()
+
+
+def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """Return Muon for the kernels behind the first layer, and AdamW for everything else.
+
+    Both take the same learning rate: "match_rms_adamw" scales Muon's steps to AdamW's size (Liu
+    et al. 2025, arXiv 2502.16982). Biases and BatchNorm scales are not decayed (He et al. 2019,
+    arXiv 1812.01187).
+    """
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
+    taken = {id(p) for p in kernels}
+    others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")
+    muon = ConvMuon(
+        kernels,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")]
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -350,12 +391,12 @@ def train_one_epoch(
     net: nn.Module,
     average: Callable[[int], None],
     loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     config: Config,
     epoch: int,
     bar: tqdm,
-) -> tuple[float, float]:
-    """Train on every image once; return (mean cross-entropy, accuracy) on the augmented images.
+) -> dict[str, float]:
+    """Train on every image once; return mean cross-entropy and accuracy on the augmented images.
 
     Sums stay on the device until the end, so a GPU is never waited for inside the epoch.
     """
@@ -365,17 +406,19 @@ def train_one_epoch(
     sums = torch.zeros(3, dtype=torch.float64 if config.device != "mps" else None)
     sums = sums.to(config.device)
     for step, (images, labels) in enumerate(loader, start=epoch * len(loader)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total_steps, config)
         images = images.to(config.device, non_blocking=True)
         labels = labels.to(config.device, non_blocking=True)
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
             logits = net(augment(images, generator, config))
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad()
+        net.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average(step)
         with torch.no_grad():
             loss_sum = F.cross_entropy(logits, labels, reduction="sum")
@@ -385,7 +428,7 @@ def train_one_epoch(
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss_sum, correct, count = sums.tolist()
-    return loss_sum / count, correct / count
+    return {"train_loss": loss_sum / count, "train_accuracy": correct / count}
 
 
 def make_average(model: nn.Module, config: Config, total_steps: int):
@@ -416,6 +459,50 @@ def synchronise_buffers(*models: nn.Module) -> None:
             tensor /= dist.get_world_size()
 
 
+@dataclass
+class TrainingState:
+    """All that changes during training, and how it is saved and restored."""
+
+    model: nn.Module
+    averaged: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    config: Config
+    identity: dict
+    history: list[dict]
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of the lowest val loss, counted from 1; 0 before the first."""
+        return min(self.history, key=lambda row: row["val_loss"])["epoch"] if self.history else 0
+
+    def save(self, run_dir: Path) -> None:
+        """Write `best.pt` if this epoch is the best, then `last.pt` and `history.csv`."""
+        common = {
+            "config": asdict(self.config),
+            "epoch": len(self.history),
+            "identity": self.identity,
+        }
+        averaged = self.averaged.state_dict()
+        if self.history and self.best_epoch == len(self.history):
+            save_checkpoint(run_dir / "best.pt", {"model": averaged, **common})
+        last = {"averaged": averaged, "optimizers": [o.state_dict() for o in self.optimizers]}
+        last |= {"model": self.model.state_dict(), "history": self.history}
+        save_checkpoint(run_dir / "last.pt", {**last, **common})
+        write_history(run_dir / "history.csv", self.history)
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote to `last.pt`."""
+        last = load_checkpoint(path, self.config.device)
+        load_weights(self.model, last, "model", path)
+        load_weights(self.averaged, last, "averaged", path)
+        try:
+            for optimizer, saved in zip(self.optimizers, last["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.history = last["history"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a checkpoint to resume from; train anew") from error
+
+
 def fit(
     model: nn.Module,
     train_loader: DataLoader,
@@ -442,7 +529,7 @@ def fit(
     run_dir : Path
         An existing folder.
     writer : SummaryWriter, optional
-        TensorBoard's; None in all processes but the first.
+        TensorBoard's.
     identity : dict, optional
         Plain values that both checkpoints carry (which data they come from, say).
     after_epoch : callable, optional
@@ -451,8 +538,7 @@ def fit(
     Returns
     -------
     list of dict
-        One row per epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, val_auc,
-        recall (list of 9), seconds, images_per_second.
+        One row per epoch: see `validate`.
 
     Raises
     ------
@@ -464,83 +550,64 @@ def fit(
     if size > 1 and config.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
-    optimizer = make_optimizer(model, config)
     averaged, average = make_average(model, config, config.epochs * len(train_loader))
-    history: list[dict] = []
-    best_epoch = 0
-
-    def checkpoint(weights: nn.Module, **more: object) -> dict:
-        return {
-            "model": weights.state_dict(),
-            "config": asdict(config),
-            "epoch": len(history),
-            "identity": identity or {},
-            **more,
-        }
-
-    def save_last() -> None:
-        state = {"averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
-        more = {"history": history, "best_epoch": best_epoch}
-        save_checkpoint(run_dir / "last.pt", checkpoint(model, **state, **more))
-
+    state = TrainingState(
+        model, averaged, make_optimizers(model, config), config, identity or {}, []
+    )
     if (run_dir / "last.pt").exists():
-        last = load_checkpoint(run_dir / "last.pt", config.device)
-        load_weights(model, last, "model", run_dir / "last.pt")
-        load_weights(averaged, last, "averaged", run_dir / "last.pt")
-        optimizer.load_state_dict(last["optimizer"])
-        history, best_epoch = last["history"], last["best_epoch"]
+        state.load(run_dir / "last.pt")
     elif rank == 0:
-        save_last()  # so that a run stopped in its first epoch can be resumed too
+        state.save(run_dir)  # so that a run stopped in its first epoch can be resumed too
+    if size > 1:
+        dist.barrier()
 
+    steps, done = len(train_loader), len(state.history)
     bar = tqdm(
-        total=config.epochs * len(train_loader),
-        initial=len(history) * len(train_loader),
-        unit="batch",
-        disable=rank > 0 or None,
+        total=config.epochs * steps, initial=done * steps, unit="batch", disable=rank > 0 or None
     )
     with bar:
-        for epoch in range(len(history), config.epochs):
-            if epoch - best_epoch >= config.patience:
-                bar.write(f"Early stop: val loss has not improved since epoch {best_epoch}.")
+        for epoch in range(done, config.epochs):
+            if epoch - state.best_epoch >= config.patience:
+                bar.write(f"early stop: no lower val loss since epoch {state.best_epoch}")
                 break
             start = time.perf_counter()
-            loss, accuracy = train_one_epoch(
-                net, average, train_loader, optimizer, config, epoch, bar
+            train = train_one_epoch(
+                net, average, train_loader, state.optimizers, config, epoch, bar
             )
             seconds = time.perf_counter() - start
             synchronise_buffers(model, averaged)
-            val_probs, val_labels = gather(*predict(averaged, val_loader))
-            val = validation_metrics(val_probs, val_labels)
-            row = {
+            row, probs, labels = validate(averaged, val_loader)
+            row |= {
                 "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "val_loss": val["loss"],
-                "val_accuracy": val["accuracy"],
-                "val_auc": val["auc"],
-                "recall": val["recall"],
+                "lr": state.optimizers[0].param_groups[0]["lr"],
+                **train,
                 "seconds": seconds,
                 "images_per_second": len(train_loader.dataset) / seconds,
             }
-            check_finite(row, best_epoch, run_dir)
-            history.append(row)
-            if val["loss"] <= min(r["val_loss"] for r in history):
-                best_epoch = epoch + 1
+            check_finite(row, state.best_epoch, run_dir)
+            state.history.append(row)
             if rank == 0:
-                if best_epoch == epoch + 1:
-                    save_checkpoint(run_dir / "best.pt", checkpoint(averaged))
-                report_epoch(row, config, best_epoch, bar, writer)
+                report_epoch(row, state, bar, writer)
                 if after_epoch is not None:
-                    after_epoch(epoch + 1, val_probs, val_labels)
+                    after_epoch(epoch + 1, probs, labels)
                 if writer is not None:
                     writer.flush()  # before the checkpoint: a resumed log then has no gap
-                save_last()
-                write_history(run_dir / "history.csv", history)
+                state.save(run_dir)
     if size > 1:
         dist.barrier()
-    load_weights(model, load_checkpoint(run_dir / "best.pt", config.device), "model", run_dir)
-    return history
+    best = load_checkpoint(run_dir / "best.pt", config.device)
+    load_weights(model, best, "model", run_dir / "best.pt")
+    return state.history
+
+
+def validate(model: nn.Module, loader: DataLoader) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return (loss, accuracy, AUC and recall per class on val; probabilities; labels).
+
+    Several processes each evaluate their share; all of them return the whole.
+    """
+    probs, labels = gather(*predict(model, loader))
+    metrics = validation_metrics(probs, labels)
+    return {f"val_{name}": value for name, value in metrics.items()}, probs, labels
 
 
 def load_weights(model: nn.Module, checkpoint: dict, key: str, path: Path) -> None:
@@ -570,17 +637,16 @@ def check_finite(row: dict, best_epoch: int, run_dir: Path) -> None:
         )
 
 
-def report_epoch(
-    row: dict, config: Config, best_epoch: int, bar: tqdm, writer: SummaryWriter | None
-) -> None:
+def report_epoch(row: dict, state: TrainingState, bar: tqdm, writer: SummaryWriter | None) -> None:
     """Show an epoch's results on the terminal and log them to TensorBoard."""
     text = (
-        f"epoch {row['epoch']:3d}/{config.epochs}  "
+        f"epoch {row['epoch']:3d}/{state.config.epochs}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
         f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f} auc {row['val_auc']:.4f}"
     )
-    if row["epoch"] % math.ceil(config.epochs / 20) == 0 or row["epoch"] == config.epochs:
-        bar.write(text + ("  best" if best_epoch == row["epoch"] else ""))
+    epochs = state.config.epochs
+    if row["epoch"] % math.ceil(epochs / 20) == 0 or row["epoch"] == epochs:
+        bar.write(text + ("  best" if state.best_epoch == row["epoch"] else ""))
     bar.set_postfix_str(f"epoch {row['epoch']}, val acc {row['val_accuracy']:.3f}")
     if writer is None:
         return
@@ -593,19 +659,17 @@ def report_epoch(
         "LR": row["lr"],
         "Speed/images per second": row["images_per_second"],
     }
-    tags |= {
-        f"Recall val/{name}": recall
-        for name, recall in zip(SHORT_NAMES, row["recall"], strict=True)
-    }
+    recalls = zip(SHORT_NAMES, row["val_recall"], strict=True)
+    tags |= {f"Recall val/{name}": recall for name, recall in recalls}
     for tag, value in tags.items():
-        writer.add_scalar(tag, value, row["epoch"])
+        if not math.isnan(value):  # AUC or recall of a class that val does not have
+            writer.add_scalar(tag, value, row["epoch"])
 
 
 def write_history(path: Path, history: Sequence[dict]) -> None:
     """Write one CSV row per epoch."""
     buffer = io.StringIO()
-    names = [name for name in history[0] if name != "recall"]
-    table = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+    table = csv.DictWriter(buffer, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(history)
     write_atomically(path, buffer.getvalue().encode())

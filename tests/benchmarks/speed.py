@@ -1,0 +1,306 @@
+"""How fast loading, training, evaluation and data analysis are, as ratios within one run.
+
+    python tests/benchmarks/speed.py                     # makes the full-size synthetic file
+    python tests/benchmarks/speed.py --data full.npz     # uses that file
+    python tests/benchmarks/speed.py --quick             # without the three whole runs
+
+Prints a Markdown table and writes speed.json next to this file (which report.md quotes). Every
+figure is a median of several repetitions; the machine should have nothing else to do.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from analyze_data import SPLITS, PathData, channel_stats, load_data  # noqa: E402
+from MyModels import ResNet18, SkipCNN  # noqa: E402
+from PathMNIST import EVAL_BATCH, make_loader  # noqa: E402
+from Training import (  # noqa: E402
+    Config,
+    augment,
+    make_average,
+    make_optimizers,
+    predict,
+    resolve,
+    train_one_epoch,
+)
+
+SHARES = (0.1, 0.3, 1.0)
+
+
+class MedMNISTWay(Dataset):
+    """One image at a time through Pillow, as medmnist's PathMNIST class does."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def median_seconds(work: Callable[[], object], repetitions: int = 7, device: str = "cpu") -> float:
+    """Return the median time of `work()` after one call that is not counted."""
+    times = []
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def exhaust(loader: DataLoader) -> None:
+    """Take every batch once."""
+    for _ in loader:
+        pass
+
+
+def loader_speed(data: PathData, batch_size: int) -> dict[str, float]:
+    """Return images per second of loading alone."""
+    images, labels = data.images["train"][:20_000], data.labels["train"][:20_000]
+    some = replace(data, images={"train": images}, labels={"train": labels})
+    ours = make_loader(some, "train", batch_size, shuffle_seed=0)
+    out = {"loader, ours": len(images) / median_seconds(lambda: exhaust(ours), 5)}
+    for workers in (0, 2):
+        theirs = DataLoader(
+            MedMNISTWay(images, labels), batch_size=128, shuffle=True, num_workers=workers
+        )
+        seconds = median_seconds(lambda theirs=theirs: exhaust(theirs), 3)
+        out[f"loader, MedMNIST's way, {workers} workers"] = len(images) / seconds
+    return out
+
+
+def our_step(data: PathData, config: Config) -> Callable[[], None]:
+    """Return one step of the default: augmentation, both passes, optimisers, moving average."""
+    mean, std = channel_stats(data.images["val"])
+    model = SkipCNN(mean.tolist(), std.tolist()).to(config.device)
+    model.to(memory_format=torch.channels_last).train()
+    _, average = make_average(model, config, 1000)
+    optimizers = make_optimizers(model, config)
+    images = torch.from_numpy(data.images["train"][: config.batch_size]).to(config.device)
+    labels = torch.from_numpy(data.labels["train"][: config.batch_size]).to(config.device)
+    generator = torch.Generator(config.device).manual_seed(0)
+
+    def step() -> None:
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = model(augment(images, generator, config))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        average(10)
+
+    return step
+
+
+def plain_step(
+    model: nn.Module, data: PathData, batch_size: int, device: str
+) -> Callable[[], None]:
+    """Return one float32 NCHW step with Adam and no augmentation, as MedMNIST trains."""
+    model.to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    images = torch.from_numpy(data.images["train"][:batch_size]).permute(0, 3, 1, 2)
+    images = (images.float() / 255).contiguous().to(device)
+    labels = torch.from_numpy(data.labels["train"][:batch_size]).to(device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def step_speed(data: PathData, config: Config) -> dict[str, float]:
+    """Return images per second of training steps, and the default's share of the matmul peak."""
+    device, size = config.device, config.batch_size
+    step = our_step(data, config)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = median_seconds(step, 30, device)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    left, right = torch.randn(2, 4096, 4096, device=device).to(dtype)
+    matmul = 2 * 4096**3 / median_seconds(lambda: left @ right, 7, device)
+    fp32 = median_seconds(plain_step(SkipCNN(), data, size, device), 15, device)
+    resnet = median_seconds(plain_step(ResNet18(), data, 128, device), 3, device)
+    return {
+        "training step, default": size / seconds,
+        "training step, same model in fp32 NCHW": size / fp32,
+        "training step, ResNet-18 as MedMNIST": 128 / resnet,
+        "GFLOP per image": counter.get_total_flops() / size / 1e9,
+        "GFLOP/s, default": counter.get_total_flops() / seconds / 1e9,
+        "GFLOP/s, matmul 4096": matmul / 1e9,
+    }
+
+
+def epoch_speed(data: PathData, config: Config) -> dict[str, float]:
+    """Return the seconds of one training epoch and of the validation that follows it."""
+    from tqdm import tqdm
+
+    model = SkipCNN().to(config.device, memory_format=torch.channels_last)
+    train = make_loader(data, "train", config.batch_size, config.device, 0)
+    averaged, average = make_average(model, config, config.epochs * len(train))
+    start = time.perf_counter()
+    with tqdm(disable=True) as bar:
+        train_one_epoch(model, average, train, make_optimizers(model, config), config, 0, bar)
+    middle = time.perf_counter()
+    predict(averaged, make_loader(data, "val", EVAL_BATCH, config.device))
+    return {
+        "epoch, training": middle - start,
+        "epoch, validation": time.perf_counter() - middle,
+    }
+
+
+def child(command: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command to its end; return (seconds, peak memory in MiB)."""
+    start = time.perf_counter()
+    with open(folder / "child.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}\n{(folder / 'child.log').read_text()[-2000:]}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def save_share(data: PathData, share: float, path: Path) -> None:
+    """Write the first `share` of every split."""
+    arrays = {}
+    for split in SPLITS:
+        count = round(data.counts[split] * share)
+        arrays[f"{split}_images"] = data.images[split][:count]
+        arrays[f"{split}_labels"] = data.labels[split][:count].astype(np.uint8)[:, None]
+    np.savez_compressed(path, synthetic=np.uint8(data.kind == "synthetic"), **arrays)
+
+
+def whole_runs(data: PathData, folder: Path, shares: tuple[float, ...]) -> dict[str, dict]:
+    """Run the main job on shares of the data; return seconds, epochs and peak memory of each."""
+    out = {}
+    for share in shares:
+        path = folder / f"share{share:g}.npz"
+        save_share(data, share, path)
+        command = [sys.executable, str(ROOT / "PathMNIST.py"), "--data", str(path)]
+        name = f"run{share:g}"
+        seconds, memory = child([*command, "--log-dir", str(folder), "--name", name], folder)
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        out[f"{share:g}"] = {
+            "seconds": seconds,
+            "peak_mib": memory,
+            "train_seconds": metrics["train_seconds"],
+            "images": data.counts["train"] * share,
+            "epochs": metrics["epochs"],
+            "test_accuracy": metrics["test"]["accuracy"],
+        }
+        print(f"share {share:g}: {out[f'{share:g}']}", file=sys.stderr, flush=True)
+    return out
+
+
+def start_up(data: PathData, folder: Path) -> float:
+    """Return the seconds from the start of Python until the first batch is there."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import PathMNIST as p;"
+        "d = p.load_data(sys.argv[2]); next(iter(p.make_loader(d, 'train', 128, 'cpu', 0)))"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(data.path.resolve())]
+    return statistics.median(child(command, folder)[0] for _ in range(3))
+
+
+def markdown(results: dict) -> str:
+    """Return the results as Markdown tables with the ratios that the project promises."""
+    r = results
+    step, peak = r["step"]["training step, default"], r["step"]["GFLOP/s, matmul 4096"]
+    loader = r["loader"]["loader, ours"]
+    lines = ["| what | measured | ratio |", "|---|---:|---:|"]
+    for name, value in r["loader"].items():
+        lines.append(f"| {name} | {value:,.0f} images/s | {loader / value:.1f} |")
+    for name in ("default", "same model in fp32 NCHW", "ResNet-18 as MedMNIST"):
+        value = r["step"][f"training step, {name}"]
+        lines.append(f"| training step, {name} | {value:,.0f} images/s | {step / value:.1f} |")
+    ours = r["step"]["GFLOP/s, default"]
+    lines.append(f"| arithmetic of that step | {ours:,.0f} GFLOP/s | {ours / peak:.2f} |")
+    lines.append(f"| matmul of 4096 x 4096, same precision | {peak:,.0f} GFLOP/s | 1 |")
+    epoch, validation = r["epoch"]["epoch, training"], r["epoch"]["epoch, validation"]
+    loading = r["counts"]["train"] / loader
+    lines.append(f"| one epoch, training | {epoch:.1f} s | 1 |")
+    lines.append(f"| one epoch, validation | {validation:.1f} s | {validation / epoch:.3f} |")
+    lines.append(f"| loading in one epoch | {loading:.2f} s | {loading / epoch:.3f} |")
+    lines.append(f"| start-up until the first batch | {r['start_up']:.1f} s | |")
+    seconds, memory = r["analyze_data"]
+    lines.append(f"| analyze_data.py | {seconds:.1f} s, {memory:,.0f} MiB | |")
+    if r["runs"]:
+        lines += ["", "| training images | epochs | whole run | peak memory | s per 1,000 images |"]
+        lines.append("|---:|---:|---:|---:|---:|")
+    for run in r["runs"].values():
+        per = 1000 * run["seconds"] / run["images"]
+        lines.append(
+            f"| {run['images']:,.0f} | {run['epochs']} | {run['seconds']:,.0f} s "
+            f"| {run['peak_mib']:,.0f} MiB | {per:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="npz file (default: make a full-size synthetic one)")
+    parser.add_argument("--quick", action="store_true", help="leave the whole runs out")
+    parser.add_argument("--out", type=Path, default=HERE / "speed.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = Path(args.data) if args.data else folder / "full.npz"
+        if not args.data:
+            script = str(ROOT / "data" / "make_synthetic.py")
+            child([sys.executable, script, "--full", "--out", str(path)], folder)
+        data = load_data(path)
+        config = resolve(Config(), data.counts["train"])
+        command = [sys.executable, str(ROOT / "analyze_data.py"), "--data", str(path.resolve())]
+        results = {
+            "machine": {
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if config.device == "cuda" else "CPU",
+                "precision": config.precision,
+                "torch": torch.__version__,
+            },
+            "counts": data.counts,
+            "analyze_data": child([*command, "--out", str(folder / "figures")], folder),
+            "start_up": start_up(data, folder),
+            "loader": loader_speed(data, config.batch_size),
+            "step": step_speed(data, config),
+            "epoch": epoch_speed(data, config),
+            "runs": {} if args.quick else whole_runs(data, folder, SHARES),
+        }
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
