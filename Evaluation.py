@@ -248,7 +248,7 @@ def _figure(height: float, title: str, note: str, caption: str) -> "Figure":
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     heading = [line for text in (title, note) for line in textwrap.wrap(text, 50)]
     figure.suptitle("\n".join(heading), x=0.02, ha="left")
-    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, 84)]
+    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, 86)]
     figure.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=10, color=GREY)
     return figure
 
@@ -271,7 +271,7 @@ def _tiles(
     """
     rows = max(1, -(-len(tiles) // columns))
     row_height = WIDTH / columns * tiles.shape[1] / tiles.shape[2] + (0.45 if titles else 0)
-    figure = _figure(1.4 + row_height * rows, *text)
+    figure = _figure((1.9 if titles else 1.4) + row_height * rows, *text)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(tiles) :]:
         axes.set_visible(False)
@@ -528,26 +528,39 @@ def grad_cam(
     import torch
     from torch.nn.functional import interpolate
 
+    # A copy that needs a gradient makes every activation differentiable, frozen weights or not.
     device = next(model.parameters()).device
-    # Needing the images' gradient makes every activation differentiable, frozen weights or not.
     images = images.detach().to(device, torch.float32, copy=True).requires_grad_()
-    modes = [(module, module.training) for module in model.modules()]
+    activation, gradient = _activation_and_gradient(model, images, layer, classes)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    heat = (weights * activation).sum(dim=1, keepdim=True).relu()
+    heat = interpolate(heat, images.shape[2:], mode="bilinear", align_corners=False)
+    heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
+    return heat[:, 0].cpu().numpy()
+
+
+def _activation_and_gradient(
+    model: "nn.Module",
+    images: "Tensor",
+    layer: "nn.Module",
+    classes: "Tensor | np.ndarray | None",
+) -> tuple["Tensor", "Tensor"]:
+    """Return the layer's output and d(logit of the class) / d(output), both (N, K, h, w)."""
+    import torch
+
     kept = []
     hook = layer.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             logits = model(images)
-            chosen = logits.argmax(1) if classes is None else torch.as_tensor(classes).to(device)
-            score = logits.gather(1, chosen.long().view(-1, 1)).sum()
+            chosen = logits.argmax(1) if classes is None else torch.as_tensor(classes)
+            score = logits.gather(1, chosen.to(logits.device).long().view(-1, 1)).sum()
             # Unlike backward(), grad() leaves the .grad of the weights alone.
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         hook.remove()
         for module, training in modes:
             module.training = training
-    weights = gradient.mean(dim=(2, 3), keepdim=True)
-    heat = (weights * kept[0].detach()).sum(dim=1, keepdim=True).relu()
-    heat = interpolate(heat, images.shape[2:], mode="bilinear", align_corners=False)
-    heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
-    return heat[:, 0].cpu().numpy()
+    return kept[0].detach(), gradient
