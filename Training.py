@@ -60,7 +60,9 @@ class Config:
     warmup: float = 0.2  # share of the steps in which the learning rate rises
     ema: float = 0.04  # horizon of the weights' moving average, as a share of the steps; 0: off
     flips: bool = True  # flips, quarter turns and shifts
-    color: float = 0.15  # half width of the gain and the offset per channel; 0: off
+    stain: float = 0.15  # half width of the stains' gain in optical density; 0: off
+    color: float = 0.07  # half width of the gain and the offset per channel; 0: off
+    cutmix: float = 0.5  # share of the images that get a patch of another; 0: off
 
 
 class Stopped(BaseException):
@@ -153,7 +155,7 @@ def augment(images: Tensor, generator: torch.Generator, config: Config) -> Tenso
     generator : torch.Generator
         On the images' device; the only source of randomness.
     config : Config
-        `flips` and `color` say which augmentations are on.
+        `flips`, `stain` and `color` say which augmentations are on.
 
     Returns
     -------
@@ -163,9 +165,16 @@ def augment(images: Tensor, generator: torch.Generator, config: Config) -> Tenso
     if config.flips:
         images = random_view(images, generator)
     images = to_float(images)
+    if config.stain:
+        images = stain_jitter(images, generator, config.stain)
     if config.color:
         images = gain_and_offset(images, generator, config.color)
     return images
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Draw uniformly from [low, high) on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
 
 
 def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
@@ -191,20 +200,62 @@ def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> T
     return images.reshape(n, size * size, 3).gather(1, flat).view_as(images)
 
 
+def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Tensor:
+    """Vary how strongly each stain took, as another laboratory would.
+
+    Light is absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical
+    density: the density is split into haematoxylin, eosin and a rest, each is multiplied by
+    1 +- width and shifted by +- width / 5, and the colour is put together again (Tellez et al.
+    2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1] and stay so, but for the shift.
+    """
+    n, _, size, _ = images.shape
+    stains = torch.tensor(HED, device=images.device)
+    gain = uniform(generator, 1 - width, 1 + width, n, 3, 1)
+    shift = uniform(generator, -width / 5, width / 5, n, 1, 3) @ stains
+    density = -images.clamp_min(1 / 255).log().permute(0, 2, 3, 1).flatten(1, 2)
+    density = torch.baddbmm(shift, density, torch.linalg.inv(stains) @ (gain * stains))
+    return density.neg_().exp_().view(n, size, size, 3).permute(0, 3, 1, 2)
+
+
 def gain_and_offset(images: Tensor, generator: torch.Generator, width: float) -> Tensor:
     """Multiply every channel by 1 +- width and add +- width, on nine images of ten.
 
-    Uniform per image and channel. Ranges and share from arXiv 2409.11546, which found them to
-    carry across the two centres of NCT-CRC-HE.
+    Uniform per image and channel: what another camera and lamp do. Form and share from arXiv
+    2409.11546, which found them to carry across the two centres of NCT-CRC-HE.
     """
     n = len(images)
+    on = uniform(generator, 0, 1, n, 1, 1, 1) < 0.9
+    gain = 1 + on * uniform(generator, -width, width, n, 3, 1, 1)
+    return images * gain + on * uniform(generator, -width, width, n, 3, 1, 1)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=images.device)
 
-    on = draw(n, 1, 1, 1) < 0.9
-    gain = 1 + on * width * (2 * draw(n, 3, 1, 1) - 1)
-    return images * gain + on * width * (2 * draw(n, 3, 1, 1) - 1)
+def cutmix(
+    images: Tensor, targets: Tensor, generator: torch.Generator, share: float
+) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of another image of the batch into a share of the images.
+
+    The target becomes the mixture of both, by area (Yun et al. 2019, arXiv 1905.04899). Sides are
+    uniform between a seventh and two thirds of the image's; the partner is the batch reversed.
+
+    Parameters
+    ----------
+    images : float Tensor (N, 3, S, S)
+    targets : float Tensor (N, classes)
+        Class probabilities.
+    """
+    n, _, size, _ = images.shape
+    pixels = torch.arange(size, device=images.device)
+
+    def inside() -> Tensor:
+        side = uniform(generator, size / 7, size * 2 / 3, n, 1).round()
+        start = (uniform(generator, 0, 1, n, 1) * (size - side + 1)).floor()
+        return (pixels >= start) & (pixels < start + side)
+
+    on = uniform(generator, 0, 1, n, 1, 1) < share
+    patch = (inside()[:, :, None] & inside()[:, None, :] & on)[:, None]
+    area = patch.float().mean((2, 3))
+    images = torch.where(patch, images.flip(0), images)
+    return images, (1 - area) * targets + area * targets.flip(0)
 
 
 # ------------------------------------------------------------------------------ files
@@ -398,6 +449,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every image once; return mean cross-entropy and accuracy on the augmented images.
 
+    An image with a pasted patch counts as right when its larger part's class is found.
+
     Sums stay on the device until the end, so a GPU is never waited for inside the epoch.
     """
     net.train()
@@ -411,18 +464,22 @@ def train_one_epoch(
                 group["lr"] = learning_rate(step, total_steps, config)
         images = images.to(config.device, non_blocking=True)
         labels = labels.to(config.device, non_blocking=True)
+        images = augment(images, generator, config)
+        targets = F.one_hot(labels, len(SHORT_NAMES)).float()
+        if config.cutmix:
+            images, targets = cutmix(images, targets, generator, config.cutmix)
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = net(augment(images, generator, config))
+            logits = net(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         net.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         average(step)
         with torch.no_grad():
-            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-            correct = (logits.argmax(1) == labels).sum()
+            loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+            correct = (logits.argmax(1) == targets.argmax(1)).sum()
             sums += torch.stack([loss_sum, correct, torch.ones_like(correct) * len(labels)])
         bar.update()
     if dist.is_initialized():

@@ -220,6 +220,7 @@ def rows() -> dict[str, tuple[Callable[[PathData, int], dict], int]]:
             lambda data, seed: train_ours(data, seed, color=0.0, stain=0.0),
             3,
         ),
+        "without CutMix": (lambda data, seed: train_ours(data, seed, cutmix=0.0), 3),
         "without flips, turns and shifts": (
             lambda data, seed: train_ours(data, seed, flips=False),
             3,
@@ -278,7 +279,7 @@ def markdown(results: dict[str, dict]) -> str:
 
 def curve_figure(results: dict[str, dict], full: int):
     """Return the learning curve: accuracy by number of training images."""
-    from Evaluation import TRAIN, VAL, WRONG, house_style
+    from Evaluation import BLUE, ORANGE, VERMILION, house_style
 
     @house_style
     def draw():
@@ -289,9 +290,9 @@ def curve_figure(results: dict[str, dict], full: int):
         names = {count: f"default, {count} training images" for count in CURVE} | {full: "default"}
         points = {count: results[name] for count, name in names.items() if name in results}
         for key, label, colour in (
-            ("val", "val", VAL),
-            ("test", "test, one view", TRAIN),
-            ("test_tta", "test, eight views", WRONG),
+            ("val", "val", ORANGE),
+            ("test", "test, one view", BLUE),
+            ("test_tta", "test, eight views", VERMILION),
         ):
             means = [row[key]["mean"] for row in points.values()]
             spread = [row[key]["std"] or 0 for row in points.values()]
