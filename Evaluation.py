@@ -491,6 +491,65 @@ def gradcam_figure(
     return _tiles(min(3, len(images)), _pairs(images, overlay), titles, text)
 
 
+@house_style
+def architecture_figure(
+    table: Sequence[tuple[str, str, str, str, int]], name: str, note: str = ""
+) -> "Figure":
+    """Draw the model's named stages as boxes, with what each holds and its output shape.
+
+    `table` is what `MyModels.layer_table` returned. A stage that has a part called "skip" gets
+    its skip connection drawn beside the box.
+    """
+    stages: dict[str, list] = {}
+    for row in table:
+        stages.setdefault(row[0].removeprefix("net.").split(".")[0], []).append(row)
+    total = sum(row[4] for row in table)
+    caption = (
+        "Top to bottom. Right of each box: output shape (channels x height x width), parameters."
+    )
+    figure = _figure(
+        1.2 + 0.85 * len(stages),
+        f"{name}: {total:,} parameters",
+        note,
+        f"{caption} Orange: skip connection.",
+    )
+    axes = figure.subplots()
+    axes.set(xlim=(0, 10), ylim=(-len(stages) + 0.4, 0.6))
+    axes.axis("off")
+    for index, (stage, rows) in enumerate(stages.items()):
+        layers = [
+            f"{kind.replace('2d', '')} {kernel}".strip()
+            for part, kind, kernel, _, _ in rows
+            if ".skip" not in part and kind != "Flatten"
+        ]
+        text = textwrap.fill(", ".join(layers), 50) if len(layers) < 9 else f"{len(layers)} layers"
+        box = {"boxstyle": "round,pad=0.4", "facecolor": "#E6F1F8", "edgecolor": BLUE}
+        axes.text(0.9, -index, stage, ha="right", va="center", weight="bold", fontsize=11)
+        axes.text(4.2, -index, text, ha="center", va="center", fontsize=9, bbox=box)
+        shape, count = rows[-1][3], sum(row[4] for row in rows)
+        axes.text(7.5, -index, f"{shape}\n{count:,}", va="center", fontsize=10)
+        if index:
+            axes.annotate(
+                "",
+                (4.2, -index + 0.3),
+                (4.2, -index + 0.7),
+                arrowprops={"arrowstyle": "->", "color": GREY},
+            )
+        if any(".skip" in row[0] for row in rows):
+            axes.annotate(
+                "",
+                (6.9, -index - 0.42),
+                (6.9, -index + 0.42),
+                arrowprops={
+                    "arrowstyle": "->",
+                    "color": ORANGE,
+                    "linewidth": 2.5,
+                    "connectionstyle": "arc3,rad=-0.5",
+                },
+            )
+    return figure
+
+
 # ---- Grad-CAM -----------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ from analyze_data import (
     find_data,
     load_data,
 )
-from MyModels import MODELS, count_parameters, layer_markdown
+from MyModels import MODELS, count_parameters, layer_markdown, layer_table
 from Training import (
     Config,
     Stopped,
@@ -419,6 +419,8 @@ def result_figures(
     inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
     layer = model.stage2 if config.model == "skipcnn" else model.net.layer2
     heatmaps = Evaluation.grad_cam(model, inputs, layer)
+    table = layer_table(model, data.size)
+    figures["architecture"] = Evaluation.architecture_figure(table, type(model).__name__)
     figures["gradcam_test"] = Evaluation.gradcam_figure(
         images[shown], heatmaps, labels[shown], test[shown], note
     )
@@ -433,7 +435,9 @@ def log_start(
 ) -> None:
     """Log what is known before training: graph, chart layout, texts, augmented tiles."""
     example = to_float(torch.from_numpy(data.images["train"][:1]))
-    writer.add_graph(model.eval(), example)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit")  # add_graph's own way to trace
+        writer.add_graph(model.eval(), example)
     writer.add_custom_scalars(
         {
             "Train and val": {
@@ -443,8 +447,10 @@ def log_start(
             "Classes": {"Recall val": ["Multiline", [f"Recall val/{s}" for s in SHORT_NAMES]]},
         }
     )
+    counts = ", ".join(f"{n:,} {split}" for split, n in settings["dataset"]["counts"].items())
     for name in ("config", "dataset"):
-        rows = [f"| {key} | {value} |" for key, value in settings[name].items()]
+        values = settings[name] | ({"counts": counts} if name == "dataset" else {})
+        rows = [f"| {key} | {value} |" for key, value in values.items()]
         writer.add_text(name, "\n".join([f"| {name} | |", "|---|---|", *rows]))
     writer.add_text("layers", layer_markdown(model, data.size))
     tiles = torch.from_numpy(data.images["train"][:8])
@@ -459,14 +465,12 @@ def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
     """Log the results table and the run's row in the HParams table (once, in the same file)."""
     metrics = {key: results[key] for key in ("val", "test", "val_tta", "test_tta")}
     writer.add_text("results", Evaluation.results_markdown(metrics))
-    values = {k: v if v is not None else "none" for k, v in asdict(config).items()}
-    figures = {
-        f"hparam/{split} {name}": results[split][name]
-        for split in metrics
-        for name in ("accuracy", "auc", "loss")
-        if results[split][name] is not None
-    }
-    for summary in hparams(values, figures):
+    # As many columns as TensorBoard shows unasked; the other options are in the text "config".
+    values = {key: getattr(config, key) for key in ("model", "epochs", "batch_size", "lr", "seed")}
+    columns = ("val accuracy", "val auc", "test accuracy", "test auc", "test_tta accuracy")
+    figures = {f"hparam/{c}": results[c.split()[0]][c.split()[1]] for c in columns}
+    figures = {tag: value for tag, value in figures.items() if value is not None}
+    for summary in hparams(values, figures, {"model": list(MODELS)}):
         writer.file_writer.add_summary(summary)
     for tag, value in figures.items():
         writer.add_scalar(tag, value, results["epochs"])
@@ -479,11 +483,12 @@ def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> N
         lambda _module, inputs: features.append(inputs[0].cpu())
     )
     loader = make_loader(data, "val", EVAL_BATCH, next(model.parameters()).device.type)
-    predict(model, loader)
+    probs, labels = predict(model, loader)
     hook.remove()
-    names = [CLASS_NAMES[label] for label in data.labels["val"]]
+    names = [[CLASS_NAMES[i] for i in pair] for pair in zip(labels, probs.argmax(1), strict=True)]
     tiles = to_float(torch.from_numpy(data.images["val"]))
-    writer.add_embedding(torch.cat(features), names, tiles, tag="val")
+    header = ["true class", "predicted class"]
+    writer.add_embedding(torch.cat(features), names, tiles, tag="val", metadata_header=header)
 
 
 # ------------------------------------------------------------------------------ new tiles
