@@ -50,6 +50,7 @@ from Training import (
     Config,
     Stopped,
     augment,
+    cutmix,
     fit,
     load_checkpoint,
     load_weights,
@@ -448,13 +449,16 @@ def log_start(
         }
     )
     counts = ", ".join(f"{n:,} {split}" for split, n in settings["dataset"]["counts"].items())
-    for name in ("config", "dataset"):
-        values = settings[name] | ({"counts": counts} if name == "dataset" else {})
+    card = settings["dataset"] | {"counts": counts}
+    for name, values in (("config", settings["config"]), ("dataset", card)):
         rows = [f"| {key} | {value} |" for key, value in values.items()]
         writer.add_text(name, "\n".join([f"| {name} | |", "|---|---|", *rows]))
     writer.add_text("layers", layer_markdown(model, data.size))
     tiles = torch.from_numpy(data.images["train"][:8])
-    views = augment(tiles, torch.Generator().manual_seed(config.seed), config)
+    generator = torch.Generator().manual_seed(config.seed)
+    views = augment(tiles, generator, config)
+    if config.cutmix:
+        views, _ = cutmix(views, torch.zeros(len(tiles), 1), generator, config.cutmix)
     figure = Evaluation.augmentation_figure(
         tiles.numpy(), views.permute(0, 2, 3, 1).numpy(), figure_note(data)
     )

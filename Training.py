@@ -33,7 +33,7 @@ from analyze_data import SHORT_NAMES, UserError
 from Evaluation import validation_metrics
 
 # Budget of optimisation steps that sets the default number of epochs, and its limits.
-STEPS, MIN_EPOCHS, MAX_EPOCHS = 3000, 12, 240
+STEPS, MIN_EPOCHS, MAX_EPOCHS = 2000, 10, 200
 
 # Columns of history.csv; the checkpoint's history also has the recall per class.
 CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc"]
@@ -50,7 +50,7 @@ class Config:
     model: str = "skipcnn"
     epochs: int | None = None
     batch_size: int = 64
-    lr: float = 4e-3
+    lr: float = 5e-3
     weight_decay: float = 0.05
     patience: int | None = None
     seed: int = 0
@@ -60,7 +60,7 @@ class Config:
     warmup: float = 0.2  # share of the steps in which the learning rate rises
     ema: float = 0.04  # horizon of the weights' moving average, as a share of the steps; 0: off
     flips: bool = True  # flips, quarter turns and shifts
-    stain: float = 0.15  # half width of the stains' gain in optical density; 0: off
+    stain: float = 0.25  # half width of the stains' gain in optical density; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
     cutmix: float = 0.5  # share of the images that get a patch of another; 0: off
 
@@ -205,13 +205,13 @@ def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Te
 
     Light is absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical
     density: the density is split into haematoxylin, eosin and a rest, each is multiplied by
-    1 +- width and shifted by +- width / 5, and the colour is put together again (Tellez et al.
+    1 +- width and shifted by +- width / 4, and the colour is put together again (Tellez et al.
     2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1] and stay so, but for the shift.
     """
     n, _, size, _ = images.shape
     stains = torch.tensor(HED, device=images.device)
     gain = uniform(generator, 1 - width, 1 + width, n, 3, 1)
-    shift = uniform(generator, -width / 5, width / 5, n, 1, 3) @ stains
+    shift = uniform(generator, -width / 4, width / 4, n, 1, 3) @ stains
     density = -images.clamp_min(1 / 255).log().permute(0, 2, 3, 1).flatten(1, 2)
     density = torch.baddbmm(shift, density, torch.linalg.inv(stains) @ (gain * stains))
     return density.neg_().exp_().view(n, size, size, 3).permute(0, 3, 1, 2)
