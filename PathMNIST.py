@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -245,6 +246,16 @@ def lock(run_dir: Path) -> io.IOBase:
     return file
 
 
+@contextmanager
+def say_how_to_resume(run_dir: Path) -> Iterator[None]:
+    """Add the command that continues this run to what a `Stopped` in the block says."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.add_note(f"go on with: python PathMNIST.py --resume {run_dir}")
+        raise
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON that a person can read."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -302,7 +313,10 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         f"{config.device} {config.precision}, seed {config.seed}"
         + (f", resumed after epoch {epochs_done}" if resuming else "")
     )
-    with SummaryWriter(str(run_dir), purge_step=epochs_done + 1 if resuming else None) as writer:
+    with (
+        say_how_to_resume(run_dir),
+        SummaryWriter(str(run_dir), purge_step=epochs_done + 1 if resuming else None) as writer,
+    ):
         if not resuming:
             log_start(writer, model, data, config, settings)
 
@@ -312,15 +326,9 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
                 figure = Evaluation.confusion_figure(matrix, note=f"val, epoch {epoch}")
                 writer.add_figure("Confusion/val by epoch", figure, epoch)
 
+        identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
         history = fit(
-            model,
-            train_loader,
-            val_loader,
-            config,
-            run_dir,
-            writer,
-            {"md5": data.md5, "size": data.size, "kind": data.kind},
-            log_confusion,
+            model, train_loader, val_loader, config, run_dir, writer, identity, log_confusion
         )
         best = min(history, key=lambda row: row["val_loss"])["epoch"]
         seconds = sum(row["seconds"] for row in history)
@@ -775,9 +783,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        name = signal.Signals(stop.signum).name
-        print(f"\nstopped by {name}", file=sys.stderr)
+        advice = "".join(f"; {note}" for note in getattr(stop, "__notes__", []))
+        print(f"\nstopped by {signal.Signals(stop.signum).name}{advice}", file=sys.stderr)
         return 128 + stop.signum
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
