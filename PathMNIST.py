@@ -153,6 +153,7 @@ def make_loader(
     batch_size: int,
     device: str = "cpu",
     shuffle_seed: int | None = None,
+    shared_out: bool = False,
 ) -> DataLoader:
     """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,).
 
@@ -167,8 +168,10 @@ def make_loader(
     batch_size : int
     device : str
     shuffle_seed : int, optional
-        Shuffles anew each epoch, as a function of this seed and the epoch. Without it the order
-        is the file's, and each of several processes gets its own share.
+        Shuffles anew each epoch, as a function of this seed and the epoch; each of several
+        processes gets its own share. Without it the order is the file's.
+    shared_out : bool
+        Without a seed too, each of several processes gets its own share.
     """
     tensors = [torch.from_numpy(array) for array in (data.images[split], data.labels[split])]
     if device == "cuda":
@@ -176,7 +179,8 @@ def make_loader(
     dataset = TensorDataset(*tensors)
     rank, size = world()
     if shuffle_seed is None:
-        order: Iterable[int] = range(rank, len(dataset), size)
+        first, step = (rank, size) if shared_out else (0, 1)
+        order: Iterable[int] = range(first, len(dataset), step)
         return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, False))
     order = DistributedSampler(dataset, size, rank, seed=shuffle_seed * 100_003)
     # BatchNorm cannot train on a batch of one image: such a last batch waits for another epoch.
@@ -266,8 +270,12 @@ def read_run(run_dir: Path) -> dict:
     path = run_dir / "config.json"
     try:
         settings = json.loads(path.read_text())
-        known = {field.name for field in fields(Config)}
-        settings["config"] = Config(**{k: settings["config"][k] for k in known})
+        config = {field.name: settings["config"][field.name] for field in fields(Config)}
+        if not all(isinstance(config[field.name], field.type) for field in fields(Config)):
+            raise TypeError("a value of another type")
+        if config["model"] not in MODELS:
+            raise ValueError("an unknown model")
+        settings["config"] = Config(**config)
         settings["dataset"]["md5"], settings["dataset"]["path"]
         return settings
     except OSError as error:
@@ -292,7 +300,7 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
     torch.manual_seed(config.seed)
     model = MODELS[config.model](mean=mean.tolist(), std=std.tolist())
     train_loader = make_loader(data, "train", config.batch_size, config.device, config.seed)
-    val_loader = make_loader(data, "val", EVAL_BATCH, config.device)
+    val_loader = make_loader(data, "val", EVAL_BATCH, config.device, shared_out=True)
     if rank > 0:
         fit(model, train_loader, val_loader, config, run_dir)
         return {}
@@ -323,7 +331,8 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         def log_confusion(epoch: int, probs: np.ndarray, labels: np.ndarray) -> None:
             if epoch % math.ceil(config.epochs / 5) == 0:
                 matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
-                figure = Evaluation.confusion_figure(matrix, note=f"val, epoch {epoch}")
+                note = f"val, epoch {epoch} {figure_note(data)}".strip()
+                figure = Evaluation.confusion_figure(matrix, note)
                 writer.add_figure("Confusion/val by epoch", figure, epoch)
 
         identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
@@ -471,6 +480,7 @@ def log_start(
         tiles.numpy(), views.permute(0, 2, 3, 1).numpy(), figure_note(data)
     )
     writer.add_figure("Training/augmentation", figure, 0)
+    writer.flush()  # before the first checkpoint: a resumed run does not log this again
 
 
 def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
@@ -581,11 +591,13 @@ def classify(
             rows += zip(names, probs, strict=True)
             if explain:
                 heatmaps = Evaluation.grad_cam(model, to_float(tiles).to(device), layer)
-                for name, tile, heatmap, p in zip(names, tiles, heatmaps, probs, strict=True):
+                numbers = range(len(rows) - len(names), len(rows))  # file names may be alike
+                each = zip(numbers, names, tiles, heatmaps, probs, strict=True)
+                for number, name, tile, heatmap, p in each:
                     figure = Evaluation.gradcam_figure(
                         tile[None].numpy(), heatmap[None], None, p[None]
                     )
-                    figure.savefig(out_dir / f"{name.stem}.png")
+                    figure.savefig(out_dir / f"{number:04d}-{name.stem}.png")
             bar.update(len(names))
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
@@ -673,7 +685,12 @@ def evaluate_run(args: dict) -> dict:
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
         data.counts["train"],
     )
-    model, _ = load_model(run_dir, config.device)
+    model, checkpoint = load_model(run_dir, config.device)
+    if checkpoint["config"]["model"] != config.model:
+        raise UserError(
+            f"{run_dir / 'best.pt'}: holds a {checkpoint['config']['model']}, but the run is of a "
+            f"{config.model}; train anew"
+        )
     out_dir = run_dir
     if data.md5 != settings["dataset"]["md5"]:
         out_dir = run_dir / f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
@@ -781,6 +798,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that was taken away
+        print(f"error: {error}; free some space or choose another folder", file=sys.stderr)
         return 2
     except Stopped as stop:
         advice = "".join(f"; {note}" for note in getattr(stop, "__notes__", []))

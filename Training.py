@@ -15,6 +15,8 @@ import os
 import pickle
 import signal
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -299,12 +301,19 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the folder of a finished run")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not zipfile.is_zipfile(path):  # nor is it unpickled: not even by torch's safe reader
+            raise ValueError("no zip archive")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on foreign files
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, it holds more than tensors; train anew") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch and pickle raise a dozen types on damaged bytes
         raise UserError(f"{path}: damaged or not a checkpoint; train anew") from error
-    if not isinstance(checkpoint, dict) or not {"model", "config", "epoch"} <= checkpoint.keys():
+    types = {"model": dict, "config": dict, "epoch": int, "identity": dict}
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in types.items()
+    ):
         raise UserError(f"{path}: not a checkpoint of this project; train anew")
     return checkpoint
 
@@ -533,7 +542,7 @@ class TrainingState:
         return min(self.history, key=lambda row: row["val_loss"])["epoch"] if self.history else 0
 
     def save(self, run_dir: Path) -> None:
-        """Write `best.pt` if this epoch is the best, then `last.pt` and `history.csv`."""
+        """Write `best.pt` if this epoch is the best, then `history.csv` and `last.pt`."""
         common = {
             "config": asdict(self.config),
             "epoch": len(self.history),
@@ -544,8 +553,8 @@ class TrainingState:
             save_checkpoint(run_dir / "best.pt", {"model": averaged, **common})
         last = {"averaged": averaged, "optimizers": [o.state_dict() for o in self.optimizers]}
         last |= {"model": self.model.state_dict(), "history": self.history}
-        save_checkpoint(run_dir / "last.pt", {**last, **common})
         write_history(run_dir / "history.csv", self.history)
+        save_checkpoint(run_dir / "last.pt", {**last, **common})  # last: it says what is done
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote to `last.pt`."""
@@ -556,7 +565,9 @@ class TrainingState:
             for optimizer, saved in zip(self.optimizers, last["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.history = last["history"]
-        except (KeyError, ValueError) as error:
+            if len(self.history) != last["epoch"]:
+                raise ValueError("another number of epochs")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint to resume from; train anew") from error
 
 
