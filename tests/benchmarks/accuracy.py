@@ -225,7 +225,6 @@ def rows() -> dict[str, tuple[Callable[[PathData, int], dict], int]]:
         "flips, turns and shifts": {"flips": False},
         "skip connections": {"skip": False},
         "EMA": {"ema": 0.0},
-        "CutMix": {"cutmix": 0.0},
     }
     for name, options in without.items():
         table[f"default without {name}"] = (
