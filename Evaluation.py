@@ -48,16 +48,19 @@ def validation_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     Returns
     -------
     dict
-        "loss" (mean negative log likelihood, nats), "accuracy", "auc" (`macro_auc`) and "recall"
-        (9 floats, nan where a class has no images). Probabilities that are not finite give a
-        loss and an AUC of nan, so that the training loop can say what happened.
+        "loss" (mean negative log likelihood, nats) and "loss_se" (its standard error over the
+        images), "accuracy", "auc" (`macro_auc`) and "recall" (9 floats, nan where a class has no
+        images). Probabilities that are not finite give a loss and an AUC of nan, so that the
+        training loop can say what happened.
     """
     predicted = probs.argmax(axis=1)
     # The smallest normal float32 keeps a probability that underflowed to 0 from giving inf.
     true_probs = np.maximum(probs[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
+    losses = -np.log(true_probs.astype(np.float64))
     recall = recall_score(labels, predicted, labels=CLASSES, average=None, zero_division=np.nan)
     return {
-        "loss": float(-np.log(true_probs.astype(np.float64)).mean()),
+        "loss": float(losses.mean()),
+        "loss_se": float(losses.std() / np.sqrt(len(losses))),
         "accuracy": float(np.mean(predicted == labels)),
         "auc": macro_auc(probs, labels),
         "recall": recall.tolist(),

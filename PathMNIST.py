@@ -51,6 +51,7 @@ from Training import (
     Config,
     Stopped,
     augment,
+    best_epoch,
     cutmix,
     fit,
     load_checkpoint,
@@ -124,7 +125,7 @@ def build_parser() -> Parser:
     add(
         "--patience",
         type=number(int, 1, 100_000),
-        help="epochs without a lower val loss before stopping (default: a third of the epochs)",
+        help="epochs with a worse val loss before stopping (default: a third of the epochs)",
     )
     seeds = parser.add_mutually_exclusive_group()
     seed = number(int, 0, 2**31 - 1)
@@ -339,11 +340,10 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         history = fit(
             model, train_loader, val_loader, config, run_dir, writer, identity, log_confusion
         )
-        best = min(history, key=lambda row: row["val_loss"])["epoch"]
         seconds = sum(row["seconds"] for row in history)
         training = {
             "seed": config.seed,
-            "best_epoch": best,
+            "best_epoch": best_epoch(history),
             "epochs": len(history),
             "train_seconds": seconds,
             "images_per_second": len(history) * data.counts["train"] / seconds,

@@ -35,11 +35,11 @@ from analyze_data import SHORT_NAMES, UserError
 from Evaluation import validation_metrics
 
 # Budget of optimisation steps that sets the default number of epochs, and its limits.
-STEPS, MIN_EPOCHS, MAX_EPOCHS = 1600, 10, 200
+STEPS, MIN_EPOCHS, MAX_EPOCHS = 1600, 8, 200
 
 # Columns of history.csv; the checkpoint's history also has the recall per class.
-CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc"]
-CSV_FIELDS += ["seconds", "images_per_second"]
+CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_loss_se"]
+CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
 
 # Haematoxylin, eosin and residual in optical density (Ruifrok & Johnston 2001, unit rows).
 HED = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
@@ -525,6 +525,22 @@ def synchronise_buffers(*models: nn.Module) -> None:
             tensor /= dist.get_world_size()
 
 
+def best_epoch(history: Sequence[dict]) -> int:
+    """Return the epoch whose weights are kept, counted from 1; 0 before the first.
+
+    The latest one whose val loss is within a standard error of the lowest before it (after the
+    one-standard-error rule of Breiman et al. 1984). Among losses that the val images cannot tell
+    apart, the later epoch has the lower learning rate and the more settled weights.
+    """
+    best, limit, lowest = 0, math.inf, math.inf
+    for row in history:
+        if row["val_loss"] <= lowest:
+            lowest, limit = row["val_loss"], row["val_loss"] + row["val_loss_se"]
+        if row["val_loss"] <= limit:
+            best = row["epoch"]
+    return best
+
+
 @dataclass
 class TrainingState:
     """All that changes during training, and how it is saved and restored."""
@@ -538,8 +554,8 @@ class TrainingState:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch of the lowest val loss, counted from 1; 0 before the first."""
-        return min(self.history, key=lambda row: row["val_loss"])["epoch"] if self.history else 0
+        """The epoch whose weights are kept: see `best_epoch`."""
+        return best_epoch(self.history)
 
     def save(self, run_dir: Path) -> None:
         """Write `best.pt` if this epoch is the best, then `history.csv` and `last.pt`."""
@@ -636,7 +652,7 @@ def fit(
     with bar:
         for epoch in range(done, config.epochs):
             if epoch - state.best_epoch >= config.patience:
-                bar.write(f"early stop: no lower val loss since epoch {state.best_epoch}")
+                bar.write(f"early stop: val loss is worse than at epoch {state.best_epoch}")
                 break
             start = time.perf_counter()
             train = train_one_epoch(
