@@ -1,0 +1,448 @@
+"""Tests of PathMNIST.py's command line: python -m pytest tests/test_cli.py"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import kill_runs
+import numpy as np
+import pytest
+import torch
+from conftest import COUNTS, SHARED, TRAINING, different_checkpoints, make_arrays, only_line
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+import PathMNIST
+from analyze_data import CLASS_NAMES, UserError
+from Evaluation import compute_metrics
+from MyModels import SkipCNN, count_parameters
+from Training import best_epoch
+
+SPLITS = ("val", "test", "val_tta", "test_tta")
+
+
+def read_metrics(run_dir: Path) -> dict:
+    """Read a run's metrics.json."""
+    return json.loads((run_dir / "metrics.json").read_text())
+
+
+def read_predictions(run_dir: Path) -> np.ndarray:
+    """Read the probabilities (N, 9) of the CSV file in MedMNIST's format."""
+    (path,) = run_dir.glob("pathmnist_test_*.csv")
+    return np.loadtxt(path, delimiter=",")[:, 1:]
+
+
+# ---- from start to figures ----------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything(trained: SimpleNamespace, tiny: Path) -> None:
+    process, run_dir = trained.process, trained.run_dir
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    names = {path.name for path in run_dir.iterdir() if path.name != ".lock"}
+    (log,) = (name for name in names if name.startswith("events.out.tfevents."))
+    (predictions,) = (name for name in names if name.endswith(".csv") and "test" in name)
+    expected = {"config.json", "history.csv", "metrics.json", "best.pt", "last.pt", "figures"}
+    assert names == expected | {log, predictions}
+    metrics = read_metrics(run_dir)
+    auc, accuracy = metrics["test"]["auc"], metrics["test"]["accuracy"]
+    assert predictions == f"pathmnist_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@main.csv"
+    figures = {path.stem for path in (run_dir / "figures").glob("*.png")}
+    assert {
+        "learning_curves",
+        "confusion_val",
+        "confusion_test",
+        "per_class_test",
+        "examples_correct",
+        "examples_incorrect",
+        "reliability_test",
+        "gradcam_test",
+    } <= figures
+
+    out = process.stdout
+    assert str(run_dir) in out and str(tiny) in out
+    assert f"tensorboard --logdir {trained.log_dir}" in out
+    assert f"{accuracy:.4f}" in out and f"{metrics['val']['accuracy']:.4f}" in out
+    assert "3 epochs of 5 batches of 16" in out and "SYNTHETIC" not in out
+
+
+def test_metrics_json(trained: SimpleNamespace, data: object) -> None:
+    metrics = read_metrics(trained.run_dir)
+    assert metrics["dataset"] == {
+        "path": str(data.path),
+        "kind": "subset",
+        "md5": data.md5,
+        "size": 28,
+        "counts": {split: 9 * n for split, n in COUNTS.items()},
+    }
+    assert metrics["model"] == {"name": "skipcnn", "parameters": count_parameters(SkipCNN())}
+    assert (metrics["seed"], metrics["epochs"]) == (0, 3)
+    history = torch.load(trained.run_dir / "last.pt", weights_only=True)["history"]
+    best = torch.load(trained.run_dir / "best.pt", weights_only=True)["epoch"]
+    assert metrics["best_epoch"] == best == best_epoch(history)
+    seconds = sum(row["seconds"] for row in history)
+    assert metrics["train_seconds"] == pytest.approx(seconds)
+    assert metrics["images_per_second"] == pytest.approx(3 * 72 / seconds)
+    for name in ("loss", "accuracy", "auc"):  # validation in training and in the evaluation
+        assert metrics["val"][name] == pytest.approx(best[f"val_{name}"], abs=1e-6)
+    for split in SPLITS:
+        part = metrics[split]
+        assert set(part["per_class"]) == set(CLASS_NAMES)
+        assert set(part["per_class"]["mucus"]) == {"precision", "recall", "f1", "support"}
+        assert np.sum(part["confusion_matrix"]) == 9 * COUNTS[split.split("_")[0]]
+        low, high = part["accuracy_ci95"]
+        assert low <= part["accuracy"] <= high
+        for name in ("macro_f1", "balanced_accuracy", "ece"):
+            assert 0 <= part[name] <= 1
+    probs = read_predictions(trained.run_dir)
+    expected = compute_metrics(probs.astype(np.float32), data.labels["test"])
+    for name in ("accuracy", "auc", "loss", "confusion_matrix"):
+        assert metrics["test"][name] == expected[name]
+
+
+def test_config_json(trained: SimpleNamespace) -> None:
+    config = json.loads((trained.run_dir / "config.json").read_text())["config"]
+    for name, value in (("epochs", 3), ("batch_size", 16), ("device", "cpu"), ("seed", 0)):
+        assert config[name] == value
+    assert None not in config.values() and "auto" not in config.values()  # as resolved
+
+
+def test_evaluate_reproduces_the_metrics_exactly(cli: Callable, run_dir: Path) -> None:
+    before, weights = read_metrics(run_dir), (run_dir / "best.pt").read_bytes()
+    shutil.rmtree(run_dir / "figures")
+    (run_dir / "metrics.json").unlink()
+    status, out, err = cli("--evaluate", run_dir, "--device", "cpu")
+    assert (status, err) == (0, "")
+    after = read_metrics(run_dir)
+    for split in SPLITS:
+        assert after[split] == before[split], split
+    assert f"{before['test']['accuracy']:.4f}" in out
+    assert (run_dir / "figures" / "confusion_test.png").stat().st_size > 10_000
+    assert (run_dir / "best.pt").read_bytes() == weights
+
+
+def test_evaluate_on_other_data_keeps_the_runs_own_results(
+    cli: Callable, no_figures: None, run_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.npz"
+    np.savez(other, **make_arrays(COUNTS, seed=1))
+    before = (run_dir / "metrics.json").read_bytes()
+    status, out, _ = cli("--evaluate", run_dir, "--data", other)
+    assert status == 0 and "Not the data" in out
+    assert (run_dir / "metrics.json").read_bytes() == before
+    (folder,) = run_dir.glob("evaluated-on-other-*")
+    assert read_metrics(folder)["dataset"]["path"] == str(other)
+
+
+def test_several_seeds_and_their_ensemble(
+    cli: Callable, no_figures: None, tiny: Path, data: object, tmp_path: Path
+) -> None:
+    argv = ["--data", tiny, *TRAINING, "--epochs", "2", "--log-dir", tmp_path, "--name", "both"]
+    status, out, _ = cli(*argv, "--seeds", "3", "1")
+    assert status == 0
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    runs = [tmp_path / "both" / f"seed{seed}" for seed in (3, 1)]
+    metrics = [read_metrics(run) for run in runs]
+    assert summary["seeds"] == [m["seed"] for m in metrics] == [3, 1]
+    for split in SPLITS:
+        for name in ("accuracy", "auc", "loss", "macro_f1", "ece"):
+            a, b = (m[split][name] for m in metrics)
+            assert summary[split]["mean"][name] == pytest.approx((a + b) / 2)
+            assert summary[split]["std"][name] == pytest.approx(abs(a - b) / np.sqrt(2))
+    assert metrics[0]["test"]["loss"] != metrics[1]["test"]["loss"]
+    probs = np.mean([read_predictions(run) for run in runs], axis=0)
+    expected = compute_metrics(probs, data.labels["test"])
+    for name in ("accuracy", "auc", "loss"):
+        assert summary["test"]["ensemble"][name] == pytest.approx(expected[name], rel=1e-5)
+    assert f"ensemble {expected['accuracy']:.4f}" in out
+
+
+def test_synthetic_data_is_called_so_everywhere(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headings = []
+
+    def keep(self: object, *args: object, **_kwargs: object) -> None:
+        figure = next(a for a in (self, *args) if isinstance(a, Figure))
+        headings.append((args[0], figure.get_suptitle()))
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(SummaryWriter, "add_figure", keep)
+    path = tmp_path / "synthetic.npz"
+    np.savez(path, synthetic=np.array(True), **make_arrays(COUNTS))
+    log_dir = tmp_path / "runs"
+    status, out, _ = cli("--data", path, *TRAINING, "--epochs", "1", "--log-dir", log_dir)
+    assert status == 0 and "SYNTHETIC" in out
+    (run_dir,) = log_dir.iterdir()
+    assert run_dir.name.startswith("synthetic-")
+    assert read_metrics(run_dir)["dataset"]["kind"] == "synthetic"
+    # A drawing of the model's layers shows no data.
+    about_data = [(where, text) for where, text in headings if "architecture" not in str(where)]
+    assert len(about_data) > 15
+    for where, text in about_data:
+        assert "SYNTHETIC" in text, where
+
+    status, _, err = cli("--predict", write_tile(tmp_path), "--checkpoint", run_dir)
+    assert status == 0 and "SYNTHETIC" in err
+
+
+def write_tile(folder: Path) -> Path:
+    """Write one tile as PNG."""
+    from PIL import Image
+
+    path = folder / "tile.png"
+    Image.fromarray(make_arrays({"test": 1})["test_images"][0]).save(path)
+    return path
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    *(["--epochs", v] for v in ("0", "-1", "nan", "inf", "2.5", "1e30", "9" * 30, "9" * 5000, "")),
+    *(["--batch-size", v] for v in ("0", "1", "-4", "nan", "inf", "9" * 30)),
+    *(["--lr", v] for v in ("0", "-1", "nan", "inf", "-inf", "1e300", "fast")),
+    *(["--weight-decay", v] for v in ("-1", "nan", "inf", "1e300")),
+    *(["--patience", v] for v in ("0", "-1", "nan", "inf", "9" * 30)),
+    *(["--seed", v] for v in ("-1", "nan", "inf", "1.5", "9" * 30)),
+    *(["--seeds", v] for v in ("-1", "0 nan", "9" * 30)),
+    *(
+        ["--name", v]
+        for v in ("a/b", "..", "../up", "/tmp/x", ".", "", ".hidden", "a b", "a" * 101)
+    ),
+    ["--model", "vit"],
+    ["--device", "tpu"],
+    ["--device", "cuda:7"],
+    ["--precision", "fp8"],
+    ["--nonsense"],
+    ["--seed", "1", "--seeds", "1 2"],
+    ["--resume", "a", "--evaluate", "b"],
+    ["--checkpoint", "a"],
+    ["--explain"],
+    ["--data", "nowhere.npz"],
+    ["--resume", "nowhere"],
+    ["--evaluate", "nowhere"],
+    ["--predict", "nowhere.png", "--epochs", "3"],
+    ["--predict", "nowhere.png", "--data", "nowhere.npz"],
+]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS, ids=lambda flags: " ".join(flags)[:30])
+def test_bad_flags(
+    cli: Callable, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PathMNIST, "train", lambda *_args: pytest.fail("it trains"))
+    words = [word for flag in flags for word in (flag.split(" ") if " 2" in flag else [flag])]
+    if flags[0] == "--seeds":
+        words = ["--seeds", *flags[1].split()]
+    mode = {"--resume", "--evaluate", "--predict", "--data"} & set(flags)
+    status, out, err = cli(*([] if mode else ["--data", tiny]), *words)
+    line = only_line(err)
+    assert status == 2 and out == ""
+    assert flags[0] in line or flags[-1] in line
+    assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def test_help_names_every_flag(cli: Callable) -> None:
+    status, out, err = cli("--help")
+    assert (status, err) == (0, "")
+    for flag in re.findall(r'add\(\s*"(--[a-z-]+)"', Path(PathMNIST.__file__).read_text()):
+        assert flag in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("mode", ["train", "evaluate", "predict"])
+def test_cuda_where_there_is_none(
+    cli: Callable, tiny: Path, run_dir: Path, tmp_path: Path, mode: str
+) -> None:
+    argv = {
+        "train": ["--data", tiny, "--log-dir", tmp_path / "new"],
+        "evaluate": ["--evaluate", run_dir],
+        "predict": ["--predict", write_tile(tmp_path), "--checkpoint", run_dir],
+    }[mode]
+    status, _, err = cli(*argv, "--device", "cuda")
+    assert status == 2 and "--device cuda" in only_line(err)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_log_folder_that_cannot_be_written(
+    cli: Callable, tiny: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for more in ([], ["--name", "given"]):
+        status, _, err = cli("--data", tiny, "--log-dir", tmp_path / place, *more)
+        assert status == 2
+        assert "--log-dir" in only_line(err)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_log_folder_without_permission(cli: Callable, tiny: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    status, _, err = cli("--data", tiny, "--log-dir", tmp_path / "runs")
+    assert status == 2 and "Permission denied" in only_line(err)
+
+
+def test_bad_data_is_refused_here_too(cli: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "broken.npz"
+    arrays = make_arrays(COUNTS)
+    np.savez(path, **arrays | {"val_labels": arrays["val_labels"] + 5})
+    status, _, err = cli("--data", path, "--log-dir", tmp_path / "runs")
+    line = only_line(err)
+    assert status == 2 and str(path) in line and "val_labels" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_breastmnist_is_refused(cli: Callable, tmp_path: Path) -> None:
+    path = SHARED / "breastmnist.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    status, _, err = cli("--data", path, "--log-dir", tmp_path / "runs")
+    assert status == 2 and "breastmnist.npz" in only_line(err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--resume", "RUN", "--model", "resnet18"], "--model resnet18"),
+        (["--resume", "RUN", "--epochs", "9"], "--epochs 9"),
+        (["--resume", "RUN", "--seed", "5"], "--seed 5"),
+        (["--resume", "RUN", "--batch-size", "8"], "--batch-size 8"),
+        (["--resume", "RUN", "--lr", "0.5"], "--lr 0.5"),
+        (["--resume", "RUN", "--name", "new"], "--name"),
+        (["--resume", "RUN", "--log-dir", "new"], "--log-dir"),
+        (["--resume", "RUN", "--seeds", "1", "2"], "--seeds"),
+        (["--resume", "RUN", "--data", "OTHER"], "not the file"),
+        (["--evaluate", "RUN", "--model", "resnet18"], "--model resnet18"),
+        (["--evaluate", "RUN", "--epochs", "9"], "--epochs"),
+        (["--evaluate", "RUN", "--seed", "1"], "--seed"),
+        (["--evaluate", "RUN", "--name", "new"], "--name"),
+        (["--evaluate", "RUN", "--embeddings"], "--embeddings"),
+        (["--evaluate", "EMPTY"], "config.json"),
+        (["--resume", "EMPTY"], "config.json"),
+        (["--resume", "RUN/best.pt"], "config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_runs_that_do_not_fit(
+    cli: Callable, run_dir: Path, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "other.npz", **make_arrays(COUNTS, seed=1))
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    places = {"RUN": run_dir, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other.npz"}
+    places["RUN/best.pt"] = run_dir / "best.pt"
+    status, _, err = cli(*[places.get(flag, flag) for flag in flags])
+    assert status == 2 and said in only_line(err)
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"no json", b"\xff\xfe", b'{"config": 1}', b'{"config": {}, "dataset": 1}'],
+)
+def test_a_damaged_config_json(cli: Callable, run_dir: Path, mode: str, content: bytes) -> None:
+    (run_dir / "config.json").write_bytes(content)
+    status, _, err = cli(mode, run_dir)
+    assert status == 2 and "config.json" in only_line(err)
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", "many"), ("model", "vit"), ("batch_size", [8]), ("lr", None)]
+)
+def test_an_edited_config_json(
+    cli: Callable, run_dir: Path, mode: str, name: str, value: object
+) -> None:
+    path = run_dir / "config.json"
+    settings = json.loads(path.read_text())
+    settings["config"][name] = value
+    path.write_text(json.dumps(settings))
+    status, _, err = cli(mode, run_dir)
+    assert status == 2 and "config.json" in only_line(err)
+
+
+def test_a_taken_name_is_refused_and_a_default_name_is_not(
+    cli: Callable, tiny: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    argv = ["--data", tiny, *TRAINING, "--log-dir", run_dir.parent, "--name", run_dir.name]
+    status, _, err = cli(*argv)
+    line = only_line(err)
+    assert status == 2 and "exists already" in line and str(run_dir) in line
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    names = [PathMNIST.make_run_dir(tmp_path / "new", "same", unique=False).name for _ in range(3)]
+    assert names == ["same", "same-2", "same-3"]
+    with pytest.raises(UserError, match="same: exists already"):
+        PathMNIST.make_run_dir(tmp_path / "new", "same")
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> kill_runs.Setting:
+    """Tiny data, and a run of it that nothing interrupted."""
+    return kill_runs.prepare(tmp_path_factory.mktemp("signals"))
+
+
+def start_and_wait(setting: kill_runs.Setting, name: str, target: Callable) -> SimpleNamespace:
+    """Start a run in a process of its own and return when its first epoch is saved."""
+    run_dir, log = setting.folder / name, setting.folder / f"{name}.log"
+    argv = ["--data", setting.data, *kill_runs.OPTIONS, "--log-dir", setting.folder]
+    process = kill_runs.start([*argv, "--name", name], log, target)
+    history = run_dir / "history.csv"
+    done = kill_runs.wait_until(
+        lambda: history.exists() and history.read_text().count("\n") > 2, process
+    )
+    assert done, log.read_text()
+    return SimpleNamespace(process=process, run_dir=run_dir, log=log)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_run_that_can_be_resumed(
+    setting: kill_runs.Setting, signum: signal.Signals, status: int
+) -> None:
+    run = start_and_wait(setting, f"stopped{status}", kill_runs.run_main)
+    os.kill(run.process.pid, signum)
+    run.process.join(60)
+    text = run.log.read_text()
+    assert run.process.exitcode == status, text
+    assert f"PathMNIST.py --resume {run.run_dir}" in text and "Traceback" not in text
+    assert not list(run.run_dir.glob(".*.tmp"))
+    epoch = kill_runs.checkpoint_epoch(run.run_dir)
+    assert 1 <= epoch < kill_runs.EPOCHS
+    assert not (run.run_dir / "metrics.json").exists()
+
+    assert kill_runs.finish(["--resume", run.run_dir], run.log) == 0
+    assert f"resumed after epoch {epoch}" in run.log.read_text()
+    assert different_checkpoints(run.run_dir, setting.reference) == []
+    with open(run.run_dir / "history.csv", encoding="utf-8") as file:
+        assert len(list(csv.reader(file))) == 1 + kill_runs.EPOCHS
+
+
+def hang_when_stopped(argv: list[str], log: Path) -> None:
+    """Run the command line, but never get done with closing the log."""
+    import time
+
+    PathMNIST.SummaryWriter.close = lambda _self: time.sleep(600)
+    kill_runs.run_main(argv, log)
+
+
+def test_a_second_signal_ends_at_once(setting: kill_runs.Setting) -> None:
+    run = start_and_wait(setting, "twice", hang_when_stopped)
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.process.join(2)
+    assert run.process.is_alive()
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.process.join(10)
+    assert run.process.exitcode == -signal.SIGTERM
+    assert kill_runs.checkpoint_epoch(run.run_dir) >= 1

@@ -1,0 +1,89 @@
+"""Every table of numbers in report.md and README.md is what the files in the tree say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import Evaluation
+from analyze_data import SHORT_NAMES
+from MyModels import SkipCNN, count_parameters, layer_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+BEST = ROOT / "runs" / "best"
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    return (ROOT / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def metrics() -> dict:
+    return json.loads((BEST / "metrics.json").read_text())
+
+
+def rows_missing(table: str, text: str) -> list[str]:
+    """Return the rows of a Markdown table that the text does not have, whatever the padding."""
+    have = {" ".join(line.split()) for line in text.splitlines()}
+    return [row for row in table.splitlines() if row and " ".join(row.split()) not in have]
+
+
+def test_results_are_those_of_the_committed_run(report: str, metrics: dict) -> None:
+    splits = {key: metrics[key] for key in ("val", "val_tta", "test", "test_tta")}
+    assert rows_missing(Evaluation.results_markdown(splits), report) == []
+
+
+def test_per_class_table_is_that_of_the_committed_run(report: str, metrics: dict) -> None:
+    rows = [
+        f"| {short} | {name} | {m['precision']:.3f} | {m['recall']:.3f} | {m['support']} |"
+        for short, (name, m) in zip(SHORT_NAMES, metrics["test"]["per_class"].items(), strict=True)
+    ]
+    assert rows_missing("\n".join(rows), report) == []
+
+
+def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: dict) -> None:
+    model = SkipCNN()
+    assert rows_missing(layer_markdown(model), report) == []
+    count = f"{count_parameters(model):,}"
+    assert count in report and count in (ROOT / "README.md").read_text()
+    assert metrics["model"]["parameters"] == count_parameters(model)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "speed"])
+def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) -> None:
+    import importlib
+
+    module = importlib.import_module(name)
+    results = json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
+    table = module.markdown(results["rows"] if name == "accuracy" else results)
+    assert rows_missing(table, report) == []
+
+
+def test_every_picture_in_the_texts_exists() -> None:
+    import re
+
+    for document in (ROOT / "report.md", ROOT / "README.md"):
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text())
+        assert pictures
+        assert [p for p in pictures if not (ROOT / p).is_file()] == []
+
+
+def test_committed_run_is_small_and_its_checkpoint_gives_its_numbers(metrics: dict) -> None:
+    assert (BEST / "best.pt").stat().st_size < 5e6
+    assert sum(p.stat().st_size for p in BEST.glob("events*")) < 3e6
+    assert not list(BEST.glob("*.npz")) and not list(BEST.rglob("*sprite*"))
+    shared = ROOT.parent / "shared" / "data" / "pathmnist_sample.npz"
+    if not shared.exists():
+        pytest.skip("needs the real sample, ../shared/data/pathmnist_sample.npz")
+    from analyze_data import load_data
+    from PathMNIST import load_model, make_loader
+    from Training import predict
+
+    model, _ = load_model(BEST, "cpu")
+    probs, labels = predict(model, make_loader(load_data(shared), "test", 500))
+    again = Evaluation.compute_metrics(probs, labels)
+    assert again["accuracy"] == pytest.approx(metrics["test"]["accuracy"], abs=1.5 / len(labels))
+    assert again["auc"] == pytest.approx(metrics["test"]["auc"], abs=1e-4)
