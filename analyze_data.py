@@ -484,7 +484,7 @@ def report(data: PathData) -> str:
 # ---- figures ------------------------------------------------------------------------------------
 
 
-def sample_grid(data: PathData, columns: int = 10, seed: int = 0) -> "Figure":
+def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
     """Show random train images of every class, one row a class.
 
     Parameters
@@ -512,15 +512,16 @@ def sample_grid(data: PathData, columns: int = 10, seed: int = 0) -> "Figure":
             top, left = row * pitch, column * pitch
             tile = data.images["train"][index]
             canvas[top : top + data.size, left : left + data.size] = tile
-    # 1200 x 870 pixels at 100 dpi: ten 28 px tiles and their gaps fill 894, just 3 times enlarged.
-    figure = Figure(figsize=(12, 8.7), facecolor="white")
-    axes = figure.add_axes((290 / 1200, 12 / 870, 894 / 1200, 804 / 870))
+    # In pixels at 100 dpi: 28 px tiles are enlarged exactly 3 times, their names take 290.
+    width = 3 * 30 * columns - 6
+    figure = Figure(figsize=(width / 100 + 3.1, 8.7), facecolor="white")
+    axes = figure.add_axes((290 / (width + 310), 12 / 870, width / (width + 310), 804 / 870))
     axes.imshow(canvas, interpolation="nearest" if data.size == 28 else None)
     axes.set_yticks(np.arange(9) * pitch + data.size / 2, _class_labels(), fontsize=14)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(_title(data, "random train images of each class"), fontsize=16)
+    figure.suptitle(_title(data, "random train images of each class"), fontsize=16)
     return figure
 
 

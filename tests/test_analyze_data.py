@@ -450,7 +450,8 @@ def test_figures_show_the_data(synthetic: PathData) -> None:
     widths = [bar.get_width() for bar in bars.containers[2]]
     np.testing.assert_allclose(widths, [20, 10, 10, 10, 10, 10, 10, 10, 10])
     for axes in (grid, bars):
-        assert axes.get_title().startswith("SYNTHETIC")
+        title = axes.get_title() or axes.figure.get_suptitle()
+        assert title.startswith("SYNTHETIC")
         labels = [text.get_text().replace("\n", " ") for text in axes.get_yticklabels()]
         assert [label.rsplit(" (", 1)[0] for label in labels] == list(CLASS_NAMES)
 
