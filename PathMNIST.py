@@ -64,7 +64,7 @@ from Training import (
 )
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
-EVAL_BATCH = 500
+EVAL_BATCH = 500  # images of 28 px; see `eval_batch`
 
 
 # ------------------------------------------------------------------------------ command line
@@ -189,6 +189,11 @@ def make_loader(
     return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
 
 
+def eval_batch(size: int) -> int:
+    """Return how many images of that size are evaluated at once: as many pixels at any size."""
+    return max(1, EVAL_BATCH * 28**2 // size**2)
+
+
 def dataset_card(data: PathData) -> dict:
     """Return what results say about the data they come from."""
     return {
@@ -301,7 +306,7 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
     torch.manual_seed(config.seed)
     model = MODELS[config.model](mean=mean.tolist(), std=std.tolist())
     train_loader = make_loader(data, "train", config.batch_size, config.device, config.seed)
-    val_loader = make_loader(data, "val", EVAL_BATCH, config.device, shared_out=True)
+    val_loader = make_loader(data, "val", eval_batch(data.size), config.device, shared_out=True)
     if rank > 0:
         fit(model, train_loader, val_loader, config, run_dir)
         return {}
@@ -374,7 +379,7 @@ def evaluate(
     with tqdm(total=4, desc="evaluate", unit="pass", disable=None) as bar:
         for split in ("val", "test"):
             for views, key in ((1, split), (8, f"{split}_tta")):
-                loader = make_loader(data, split, EVAL_BATCH, config.device)
+                loader = make_loader(data, split, eval_batch(data.size), config.device)
                 probs[key], labels = predict(model, loader, views)
                 metrics[key] = Evaluation.compute_metrics(probs[key], labels)
                 bar.update()
@@ -504,7 +509,7 @@ def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> N
     hook = list(model.modules())[-1].register_forward_pre_hook(
         lambda _module, inputs: features.append(inputs[0].cpu())
     )
-    loader = make_loader(data, "val", EVAL_BATCH, next(model.parameters()).device.type)
+    loader = make_loader(data, "val", eval_batch(data.size), next(model.parameters()).device.type)
     probs, labels = predict(model, loader)
     hook.remove()
     names = [[CLASS_NAMES[i] for i in pair] for pair in zip(labels, probs.argmax(1), strict=True)]
@@ -556,13 +561,14 @@ def read_tiles(
     files: Sequence[Path], size: int, skipped: list[Path]
 ) -> Iterator[tuple[list[Path], torch.Tensor]]:
     """Yield the readable files in batches; name the others on stderr and put them in `skipped`."""
-    for start in range(0, len(files), EVAL_BATCH):
+    step = eval_batch(size)
+    for start in range(0, len(files), step):
         good, tiles = [], []
-        for path in files[start : start + EVAL_BATCH]:
+        for path in files[start : start + step]:
             try:
                 tiles.append(read_tile(path, size))
                 good.append(path)
-            except (OSError, ValueError, SyntaxError, Warning, Exception) as error:
+            except Exception as error:  # whatever a decoder raises, the other files go on
                 skipped.append(path)
                 print(f"skipped {path}: {type(error).__name__}", file=sys.stderr)
         if good:
@@ -801,6 +807,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # a full disk, a folder that was taken away
         print(f"error: {error}; free some space or choose another folder", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = error.filename or "a file"
+        print(f"error: {where}: {error.strerror}; check its place and permissions", file=sys.stderr)
         return 2
     except Stopped as stop:
         advice = "".join(f"; {note}" for note in getattr(stop, "__notes__", []))
