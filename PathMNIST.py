@@ -808,10 +808,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that was taken away
         print(f"error: {error}; free some space or choose another folder", file=sys.stderr)
         return 2
-    except OSError as error:
-        where = error.filename or "a file"
-        print(f"error: {where}: {error.strerror}; check its place and permissions", file=sys.stderr)
-        return 2
     except Stopped as stop:
         advice = "".join(f"; {note}" for note in getattr(stop, "__notes__", []))
         print(f"\nstopped by {signal.Signals(stop.signum).name}{advice}", file=sys.stderr)
