@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -372,7 +373,8 @@ def evaluate(
     """Evaluate on val and test, write metrics, predictions and figures into `out_dir`.
 
     `training` is what metrics.json says about how the model came about. The test split is read
-    here and nowhere else.
+    here and nowhere else. Results are logged one step after the last epoch: what a run logs twice
+    because it was stopped here and resumed, TensorBoard then shows once (see `purge_step`).
     """
     note = figure_note(data)
     probs, metrics = {}, {}
@@ -401,7 +403,7 @@ def evaluate(
     for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
         figure.savefig(out_dir / "figures" / f"{name}.png")
         if writer is not None:
-            writer.add_figure(f"Results/{name}", figure, training["epochs"])
+            writer.add_figure(f"Results/{name}", figure, training["epochs"] + 1)
     if writer is not None:
         for split in ("val", "test"):
             for label, short in enumerate(SHORT_NAMES):
@@ -409,7 +411,7 @@ def evaluate(
                     f"PR {split}/{short}",
                     data.labels[split] == label,
                     probs[split][:, label],
-                    training["epochs"],
+                    training["epochs"] + 1,
                 )
     return {**results, "probs": probs}
 
@@ -500,7 +502,7 @@ def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
     for summary in hparams(values, figures, {"model": list(MODELS)}):
         writer.file_writer.add_summary(summary)
     for tag, value in figures.items():
-        writer.add_scalar(tag, value, results["epochs"])
+        writer.add_scalar(tag, value, results["epochs"] + 1)
 
 
 def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> None:
@@ -785,10 +787,17 @@ def shared(make):
     return box[0]
 
 
+def no_traceback_of_full_disks(args: threading.ExceptHookArgs) -> None:
+    """Say nothing of an OSError in TensorBoard's thread: who uses the thread is told of it."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status (0; 2 bad input; 130, 143 stopped)."""
     args = vars(build_parser().parse_args(argv))
     Stopped.install()
+    threading.excepthook = no_traceback_of_full_disks
     try:
         join_processes()
         if "predict" in args:

@@ -64,7 +64,7 @@ class Config:
     flips: bool = True  # flips, quarter turns and shifts
     stain: float = 0.25  # half width of the stains' gain in optical density; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
-    cutmix: float = 0.5  # share of the images that get a patch of another; 0: off
+    cutmix: float = 0.5  # share of the batches whose images get a patch of another; 0: off
 
 
 class Stopped(BaseException):
@@ -234,10 +234,11 @@ def gain_and_offset(images: Tensor, generator: torch.Generator, width: float) ->
 def cutmix(
     images: Tensor, targets: Tensor, generator: torch.Generator, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of another image of the batch into a share of the images.
+    """Paste a rectangle of another image into every image, in a share of the batches.
 
-    The target becomes the mixture of both, by area (Yun et al. 2019, arXiv 1905.04899). Sides are
-    uniform between a seventh and two thirds of the image's; the partner is the batch reversed.
+    The target becomes the mixture of both, by area. As in Yun et al. 2019 (arXiv 1905.04899),
+    chance decides for a batch, and one rectangle serves all of its images; its sides are uniform
+    between a seventh and two thirds of the image's. The partners are the batch reversed.
 
     Parameters
     ----------
@@ -245,17 +246,16 @@ def cutmix(
     targets : float Tensor (N, classes)
         Class probabilities.
     """
-    n, _, size, _ = images.shape
+    size = images.shape[-1]
     pixels = torch.arange(size, device=images.device)
 
     def inside() -> Tensor:
-        side = uniform(generator, size / 7, size * 2 / 3, n, 1).round()
-        start = (uniform(generator, 0, 1, n, 1) * (size - side + 1)).floor()
+        side = uniform(generator, size / 7, size * 2 / 3, 1).round()
+        start = (uniform(generator, 0, 1, 1) * (size - side + 1)).floor()
         return (pixels >= start) & (pixels < start + side)
 
-    on = uniform(generator, 0, 1, n, 1, 1) < share
-    patch = (inside()[:, :, None] & inside()[:, None, :] & on)[:, None]
-    area = patch.float().mean((2, 3))
+    patch = inside()[:, None] & inside() & (uniform(generator, 0, 1, 1) < share)
+    area = patch.float().mean()
     images = torch.where(patch, images.flip(0), images)
     return images, (1 - area) * targets + area * targets.flip(0)
 

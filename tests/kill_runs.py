@@ -11,6 +11,7 @@ Prints a table; the exit status is 1 if anything is lost or wrong.
 import argparse
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -87,6 +88,7 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Return each tag's (step, value) pairs as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it remarks on every resume
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     log.Reload()
     log.Graph()  # raises ValueError where there is none

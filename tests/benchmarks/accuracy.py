@@ -9,10 +9,12 @@ table, writes accuracy.json next to this file (which report.md quotes) and the l
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,21 +222,21 @@ def rows() -> dict[str, tuple[Callable[[PathData, int], dict], int]]:
         "128,809-parameter CNN, own recipe": (train_small_cnn, 3),
         "logistic regression on mean colour": (train_mean_colour, 1),
     }
-    without = {
-        "colour augmentation": {"color": 0.0, "stain": 0.0},
-        "flips, turns and shifts": {"flips": False},
-        "skip connections": {"skip": False},
-        "EMA": {"ema": 0.0},
+    without = {  # what is left out: the options, and how many seeds it gets
+        "colour augmentation": ({"color": 0.0, "stain": 0.0}, 2),
+        "flips, turns and shifts": ({"flips": False}, 2),
+        "skip connections": ({"skip": False}, 1),
+        "EMA": ({"ema": 0.0}, 1),
     }
-    for name, options in without.items():
+    for name, (options, seeds) in without.items():
         table[f"default without {name}"] = (
             lambda data, seed, options=options: train_ours(data, seed, **options),
-            2,
+            seeds,
         )
     for count in CURVE:
         table[f"default, {count} training images"] = (
             lambda data, seed, count=count: train_ours(subset(data, count, seed), seed),
-            2,
+            1,
         )
     return table
 
@@ -309,32 +311,50 @@ def curve_figure(results: dict[str, dict], full: int):
     return draw()
 
 
+def measure(path: str, name: str, seed: int) -> dict:
+    """Train one row with one seed, in a process of its own."""
+    row = rows()[name][0](add_shift(load_data(path)), seed)
+    return {"name": name, "seed": seed, **row}
+
+
 def main() -> None:
-    """Measure every row and write the results after each."""
+    """Measure every row, several at a time, and write the results as rows are complete."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="npz file to train and test on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=rows(), metavar="ROW", help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "accuracy.json")
     args = parser.parse_args()
-    data = add_shift(load_data(args.data))
-    results: dict[str, dict] = {}
-    for name, (train, most) in rows().items():
-        if args.rows and name not in args.rows:
-            continue
-        runs = []
-        for seed in args.seeds[:most]:
-            runs.append({"seed": seed, **train(data, seed)})
-            short = {k: v for k, v in runs[-1].items() if not k.endswith("_probs")}
-            print(f"{name}: {short}", file=sys.stderr, flush=True)
-        results[name] = summarise(runs, data.labels["test"])
-        counts = {split: len(images) for split, images in data.images.items()}
-        args.out.write_text(
-            json.dumps({"md5": data.md5, "counts": counts, "rows": results}, indent=1) + "\n"
-        )
-    print(markdown(results))
+    data = load_data(args.data)
+    chosen = {n: most for n, (_, most) in rows().items() if not args.rows or n in args.rows}
+    results: dict[str, list[dict]] = {name: [] for name in chosen}
+    pool = ProcessPoolExecutor(
+        args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    )
+    # The longest first, so that no process is left alone at the end.
+    order = sorted(chosen, key=lambda name: "MedMNIST" not in name)
+    with pool:
+        tasks = [
+            pool.submit(measure, args.data, name, seed)
+            for name in order
+            for seed in args.seeds[: chosen[name]]
+        ]
+        for task in as_completed(tasks):
+            run = task.result()
+            short = {k: v for k, v in run.items() if not k.endswith("_probs")}
+            print(short, file=sys.stderr, flush=True)
+            results[run.pop("name")].append(run)
+            full = {
+                name: summarise(sorted(runs, key=lambda r: r["seed"]), data.labels["test"])
+                for name, runs in results.items()
+                if len(runs) == len(args.seeds[: chosen[name]])
+            }
+            about = {"md5": data.md5, "counts": data.counts, "jobs": args.jobs, "rows": full}
+            args.out.write_text(json.dumps(about, indent=1) + "\n")
+    print(markdown(full))
     if not args.rows:
-        figure = curve_figure(results, data.counts["train"])
+        figure = curve_figure(full, data.counts["train"])
         figure.savefig(args.out.with_name("learning_curve.png"), dpi=150)
 
 
