@@ -90,7 +90,7 @@ def test_metrics_json(trained: SimpleNamespace, data: object) -> None:
     assert metrics["train_seconds"] == pytest.approx(seconds)
     assert metrics["images_per_second"] == pytest.approx(3 * 72 / seconds)
     for name in ("loss", "accuracy", "auc"):  # validation in training and in the evaluation
-        assert metrics["val"][name] == pytest.approx(best[f"val_{name}"], abs=1e-6)
+        assert metrics["val"][name] == pytest.approx(history[best - 1][f"val_{name}"], abs=1e-6)
     for split in SPLITS:
         part = metrics[split]
         assert set(part["per_class"]) == set(CLASS_NAMES)

@@ -148,7 +148,7 @@ def test_stain_jitter_scales_and_shifts_each_stain_in_optical_density() -> None:
         for stain in range(3):
             gain, offset = np.polyfit(x[:, stain].numpy(), y[:, stain].numpy(), 1)
             assert np.allclose(y[:, stain], gain * x[:, stain] + offset, atol=1e-4)
-            assert 0.8 <= gain <= 1.2 and abs(offset) <= 0.2 / 5 + 1e-4
+            assert 0.8 <= gain <= 1.2 and abs(offset) <= 0.2 / 4 + 1e-4
             gains.append(gain)
     assert np.std(gains) == pytest.approx(0.4 / math.sqrt(12), rel=0.3)  # uniform
     unchanged = Training.stain_jitter(images, torch.Generator().manual_seed(0), 0.0)
@@ -156,22 +156,23 @@ def test_stain_jitter_scales_and_shifts_each_stain_in_optical_density() -> None:
 
 
 def test_cutmix_mixes_targets_by_the_area_that_was_pasted() -> None:
-    n, size = 500, 28
+    n, size = 6, 28
     values = torch.arange(float(n))
     images = values.view(n, 1, 1, 1).expand(n, 3, size, size)
-    targets = torch.eye(n)
-    mixed, soft = Training.cutmix(images, targets, torch.Generator().manual_seed(0), 0.5)
-    pasted = mixed[:, 0] == values.flip(0).view(n, 1, 1)
-    assert torch.equal(pasted | (mixed[:, 0] == values.view(n, 1, 1)), torch.ones_like(pasted))
-    area = pasted.float().mean((1, 2))
-    rows = torch.arange(n)
-    assert torch.allclose(soft[rows, n - 1 - rows], area)
-    assert torch.allclose(soft[rows, rows], 1 - area)
-    assert (area > 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
-    for patch in pasted[area > 0]:  # a rectangle
-        assert torch.equal(patch, patch.any(1)[:, None] & patch.any(0)[None])
-    whole, same = Training.cutmix(images, targets, torch.Generator().manual_seed(0), 0.0)
-    assert torch.equal(whole, images) and torch.equal(same, targets)
+    generator, areas = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        mixed, soft = Training.cutmix(images, torch.eye(n), generator, 0.5)
+        pasted = mixed[:, 0] == values.flip(0).view(n, 1, 1)
+        assert (pasted | (mixed[:, 0] == values.view(n, 1, 1))).all()
+        area = pasted.float().mean((1, 2))
+        rows = torch.arange(n)
+        assert torch.allclose(soft[rows, n - 1 - rows], area)
+        assert torch.allclose(soft[rows, rows], 1 - area)
+        assert (area == area[0]).all()  # one rectangle for the batch
+        areas.append(area[0].item())
+    assert np.mean(np.array(areas) > 0) == pytest.approx(0.5, abs=0.1)
+    assert max(areas) <= (19 / size) ** 2
+    assert min(a for a in areas if a) >= (4 / size) ** 2
 
 
 def test_augmentation_changes_nothing_when_it_is_off() -> None:
