@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,10 +120,12 @@ def run_dir(trained: SimpleNamespace, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """Put back the handlers that `PathMNIST.main` replaces."""
+def handlers() -> Iterator[None]:
+    """Put back the handlers of signals and threads' errors that `PathMNIST.main` replaces."""
+    excepthook = threading.excepthook
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     yield
+    threading.excepthook = excepthook
     for each, handler in handlers.items():
         signal.signal(each, handler)
 

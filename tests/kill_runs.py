@@ -60,7 +60,7 @@ def start(argv: list[str | Path], log: Path, target: Callable = run_main) -> Bas
 def finish(argv: list[str | Path], log: Path) -> int:
     """Run the command line to its end; return the exit status."""
     process = start(argv, log)
-    process.join(300)
+    process.join(1200)
     return process.exitcode
 
 

@@ -440,7 +440,7 @@ def hang_when_stopped(argv: list[str], log: Path) -> None:
 def test_a_second_signal_ends_at_once(setting: kill_runs.Setting) -> None:
     run = start_and_wait(setting, "twice", hang_when_stopped)
     os.kill(run.process.pid, signal.SIGTERM)
-    run.process.join(2)
+    run.process.join(1)
     assert run.process.is_alive()
     os.kill(run.process.pid, signal.SIGTERM)
     run.process.join(10)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/speed.py                     # makes the full-size synthetic file
     python tests/benchmarks/speed.py --data full.npz     # uses that file
-    python tests/benchmarks/speed.py --quick             # without the three whole runs
+    python tests/benchmarks/speed.py --shares            # without the three whole runs
 
 Prints a Markdown table and writes speed.json next to this file (which report.md quotes). Every
 figure is a median of several repetitions; the machine should have nothing else to do.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def save_share(data: PathData, share: float, path: Path) -> None:
     np.savez_compressed(path, synthetic=np.uint8(data.kind == "synthetic"), **arrays)
 
 
-def whole_runs(data: PathData, folder: Path, shares: tuple[float, ...]) -> dict[str, dict]:
+def whole_runs(data: PathData, folder: Path, shares: Sequence[float]) -> dict[str, dict]:
     """Run the main job on shares of the data; return seconds, epochs and peak memory of each."""
     out = {}
     for share in shares:
@@ -276,7 +276,7 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="npz file (default: make a full-size synthetic one)")
-    parser.add_argument("--quick", action="store_true", help="leave the whole runs out")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="of whole runs")
     parser.add_argument("--out", type=Path, default=HERE / "speed.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -301,7 +301,7 @@ def main() -> None:
             "loader": loader_speed(data, config.batch_size),
             "step": step_speed(data, config),
             "epoch": epoch_speed(data, config),
-            "runs": {} if args.quick else whole_runs(data, folder, SHARES),
+            "runs": whole_runs(data, folder, args.shares),
         }
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))
