@@ -301,9 +301,12 @@ def main() -> None:
             "loader": loader_speed(data, config.batch_size),
             "step": step_speed(data, config),
             "epoch": epoch_speed(data, config),
-            "runs": whole_runs(data, folder, args.shares),
+            "runs": {},
         }
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+        for share in (None, *args.shares):  # what is measured is written at once
+            if share is not None:
+                results["runs"] |= whole_runs(data, folder, [share])
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))
 
 
