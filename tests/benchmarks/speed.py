@@ -10,7 +10,6 @@ figure is a median of several repetitions; the machine should have nothing else 
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -185,15 +184,27 @@ def epoch_speed(data: PathData, config: Config) -> dict[str, float]:
     }
 
 
+# The kernel counts a process's memory from its fork on, this large one's included: so a small
+# process in between starts the command and reports.
+REPORTER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.run(sys.argv[2:], stdout=sys.stderr).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+open(sys.argv[1], "w").write(json.dumps([time.perf_counter() - start, peak, status]))
+"""
+
+
 def child(command: list[str], folder: Path) -> tuple[float, float]:
     """Run a command to its end; return (seconds, peak memory in MiB)."""
-    start = time.perf_counter()
+    report = folder / "child.json"
     with open(folder / "child.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
+        reporter = [sys.executable, "-S", "-c", REPORTER, str(report), *command]
+        subprocess.run(reporter, stderr=log, cwd=folder, check=True)
+    seconds, peak, status = json.loads(report.read_text())
     if status:
         raise SystemExit(f"{' '.join(command)}\n{(folder / 'child.log').read_text()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return seconds, peak
 
 
 def save_share(data: PathData, share: float, path: Path) -> None:
@@ -261,13 +272,17 @@ def markdown(results: dict) -> str:
     seconds, memory = r["analyze_data"]
     lines.append(f"| analyze_data.py | {seconds:.1f} s, {memory:,.0f} MiB | |")
     if r["runs"]:
-        lines += ["", "| training images | epochs | whole run | peak memory | s per 1,000 images |"]
+        lines += [
+            "",
+            "| training images | epochs | whole run | peak memory | s per 1,000 images and epoch |",
+        ]
         lines.append("|---:|---:|---:|---:|---:|")
     for run in r["runs"].values():
-        per = 1000 * run["seconds"] / run["images"]
+        per = 1000 * run["seconds"] / run["images"] / run["epochs"]
+        memory = f"{run['peak_mib']:,.0f} MiB" if run["peak_mib"] else "not measured"
         lines.append(
             f"| {run['images']:,.0f} | {run['epochs']} | {run['seconds']:,.0f} s "
-            f"| {run['peak_mib']:,.0f} MiB | {per:.2f} |"
+            f"| {memory} | {per:.2f} |"
         )
     return "\n".join(lines)
 
