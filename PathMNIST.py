@@ -263,7 +263,8 @@ def say_how_to_resume(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        stop.add_note(f"go on with: python PathMNIST.py --resume {run_dir}")
+        if (run_dir / "last.pt").exists():
+            stop.add_note(f"go on with: python PathMNIST.py --resume {run_dir}")
         raise
 
 
@@ -313,6 +314,8 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         return {}
 
     _guard = lock(run_dir)
+    for stale in run_dir.glob(".*.tmp"):  # of a process that was killed while writing
+        stale.unlink()
     resuming = (run_dir / "last.pt").exists()
     settings = {
         "config": asdict(config),
@@ -391,9 +394,11 @@ def evaluate(
         **training,
         **metrics,
     }
-    for old in out_dir.glob("pathmnist*_test_*.csv"):
+    new = Evaluation.save_predictions(
+        out_dir, probs["test"], metrics["test"], out_dir.name, data.size
+    )
+    for old in set(out_dir.glob("pathmnist*_test_*.csv")) - {new}:
         old.unlink()
-    Evaluation.save_predictions(out_dir, probs["test"], metrics["test"], out_dir.name, data.size)
     write_json(out_dir / "metrics.json", results)
     figures = result_figures(model, config, data, probs, metrics, note)
     if history:
@@ -551,7 +556,7 @@ def read_tile(path: Path, size: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 grey = np.asarray(image, dtype=np.float64)
-                top = 65_535 if grey.max() > 255 else 255
+                top = next((t for t in (1, 255, 65_535) if grey.max() <= t), grey.max())
                 image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
