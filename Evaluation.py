@@ -520,37 +520,30 @@ def architecture_figure(
     axes.set(xlim=(0, 10), ylim=(-len(stages) + 0.4, 0.6))
     axes.axis("off")
     for index, (stage, rows) in enumerate(stages.items()):
-        layers = [
-            f"{kind.replace('2d', '')} {kernel}".strip()
-            for part, kind, kernel, _, _ in rows
-            if ".skip" not in part and kind != "Flatten"
-        ]
-        text = textwrap.fill(", ".join(layers), 50) if len(layers) < 9 else f"{len(layers)} layers"
-        box = {"boxstyle": "round,pad=0.4", "facecolor": "#E6F1F8", "edgecolor": BLUE}
-        axes.text(0.9, -index, stage, ha="right", va="center", weight="bold", fontsize=11)
-        axes.text(4.2, -index, text, ha="center", va="center", fontsize=9, bbox=box)
-        shape, count = rows[-1][3], sum(row[4] for row in rows)
-        axes.text(7.5, -index, f"{shape}\n{count:,}", va="center", fontsize=10)
-        if index:
-            axes.annotate(
-                "",
-                (4.2, -index + 0.3),
-                (4.2, -index + 0.7),
-                arrowprops={"arrowstyle": "->", "color": GREY},
-            )
-        if any(".skip" in row[0] for row in rows):
-            axes.annotate(
-                "",
-                (6.9, -index - 0.42),
-                (6.9, -index + 0.42),
-                arrowprops={
-                    "arrowstyle": "->",
-                    "color": ORANGE,
-                    "linewidth": 2.5,
-                    "connectionstyle": "arc3,rad=-0.5",
-                },
-            )
+        _draw_stage(axes, -index, stage, rows)
     return figure
+
+
+def _draw_stage(axes: "Axes", y: int, name: str, rows: Sequence[tuple]) -> None:
+    """Draw one stage of `architecture_figure` at height y: box, numbers and arrows."""
+    layers = [
+        f"{kind.replace('2d', '')} {kernel}".strip()
+        for part, kind, kernel, _, _ in rows
+        if ".skip" not in part and kind != "Flatten"
+    ]
+    text = textwrap.fill(", ".join(layers), 50) if len(layers) < 9 else f"{len(layers)} layers"
+    box = {"boxstyle": "round,pad=0.4", "facecolor": "#E6F1F8", "edgecolor": BLUE}
+    axes.text(0.9, y, name, ha="right", va="center", weight="bold", fontsize=11)
+    axes.text(4.2, y, text, ha="center", va="center", fontsize=9, bbox=box)
+    shape, count = rows[-1][3], sum(row[4] for row in rows)
+    axes.text(7.5, y, f"{shape}\n{count:,}", va="center", fontsize=10)
+    if y:
+        down = {"arrowstyle": "->", "color": GREY}
+        axes.annotate("", (4.2, y + 0.3), (4.2, y + 0.7), arrowprops=down)
+    if any(".skip" in row[0] for row in rows):
+        around = {"arrowstyle": "->", "color": ORANGE, "linewidth": 2.5}
+        around["connectionstyle"] = "arc3,rad=-0.5"
+        axes.annotate("", (6.9, y - 0.42), (6.9, y + 0.42), arrowprops=around)
 
 
 # ---- Grad-CAM -----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the images (N, 3, S, S) in units of the data's standard deviation."""
         return (images - self.mean) / self.std
 
 
@@ -62,6 +63,7 @@ class SkipStage(nn.Module):
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Turn (N, in, S, S) into (N, out, S // 2, S // 2)."""
         main = self.act1(self.norm1(self.pool(self.conv1(x))))
         main = self.norm2(self.conv2(main))
         return self.act2(main + self.skip(x))
@@ -109,6 +111,7 @@ class SkipCNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
         x = self.stem(self.normalize(images))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.head(self.pool(x))
@@ -133,6 +136,7 @@ class ResNet18(nn.Module):
         self.net.maxpool = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
         return self.net(self.normalize(images))
 
 
@@ -161,26 +165,18 @@ def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, s
     """
     rows = []
 
-    def record(name: str, module: nn.Module):
-        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            kernel = getattr(module, "kernel_size", "")
-            if isinstance(kernel, int):
-                kernel = (kernel, kernel)
-            shape = " x ".join(str(n) for n in output.shape[1:])
-            rows.append(
-                (
-                    name,
-                    type(module).__name__,
-                    "x".join(map(str, kernel)),
-                    shape,
-                    count_parameters(module),
-                )
-            )
-
-        return hook
+    def record(name: str, module: nn.Module, output: Tensor) -> None:
+        kernel = getattr(module, "kernel_size", ())
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        shape = " x ".join(str(n) for n in output.shape[1:])
+        row = (name, type(module).__name__, "x".join(map(str, kernel)), shape)
+        rows.append((*row, count_parameters(module)))
 
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    hooks = [module.register_forward_hook(record(name, module)) for name, module in leaves]
+    hooks = [
+        leaf.register_forward_hook(lambda leaf, _, output, name=name: record(name, leaf, output))
+        for name, leaf in leaves
+    ]
     was_training = model.training
     device = next(model.parameters()).device
     try:

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -337,18 +338,9 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
     ):
         if not resuming:
             log_start(writer, model, data, config, settings)
-
-        def log_confusion(epoch: int, probs: np.ndarray, labels: np.ndarray) -> None:
-            if epoch % math.ceil(config.epochs / 5) == 0:
-                matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
-                note = f"val, epoch {epoch} {figure_note(data)}".strip()
-                figure = Evaluation.confusion_figure(matrix, note)
-                writer.add_figure("Confusion/val by epoch", figure, epoch)
-
         identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
-        history = fit(
-            model, train_loader, val_loader, config, run_dir, writer, identity, log_confusion
-        )
+        log_epoch = partial(log_confusion, writer, config, figure_note(data))
+        history = fit(model, train_loader, val_loader, config, run_dir, writer, identity, log_epoch)
         seconds = sum(row["seconds"] for row in history)
         training = {
             "seed": config.seed,
@@ -410,14 +402,7 @@ def evaluate(
         if writer is not None:
             writer.add_figure(f"Results/{name}", figure, training["epochs"] + 1)
     if writer is not None:
-        for split in ("val", "test"):
-            for label, short in enumerate(SHORT_NAMES):
-                writer.add_pr_curve(
-                    f"PR {split}/{short}",
-                    data.labels[split] == label,
-                    probs[split][:, label],
-                    training["epochs"] + 1,
-                )
+        log_pr_curves(writer, data, probs, training["epochs"] + 1)
     return {**results, "probs": probs}
 
 
@@ -493,6 +478,31 @@ def log_start(
     )
     writer.add_figure("Training/augmentation", figure, 0)
     writer.flush()  # before the first checkpoint: a resumed run does not log this again
+
+
+def log_confusion(
+    writer: SummaryWriter,
+    config: Config,
+    note: str,
+    epoch: int,
+    probs: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Log the confusion matrix on val after every fifth of the run."""
+    if epoch % math.ceil(config.epochs / 5) == 0:
+        matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
+        figure = Evaluation.confusion_figure(matrix, f"val, epoch {epoch} {note}".strip())
+        writer.add_figure("Confusion/val by epoch", figure, epoch)
+
+
+def log_pr_curves(
+    writer: SummaryWriter, data: PathData, probs: dict[str, np.ndarray], step: int
+) -> None:
+    """Log one precision-recall curve for each class of val and of test."""
+    for split in ("val", "test"):
+        for label, short in enumerate(SHORT_NAMES):
+            positive, p = data.labels[split] == label, probs[split][:, label]
+            writer.add_pr_curve(f"PR {split}/{short}", positive, p, step)
 
 
 def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
@@ -612,11 +622,23 @@ def classify(
                     )
                     figure.savefig(out_dir / f"{number:04d}-{name.stem}.png")
             bar.update(len(names))
+    write_predictions(rows, out_dir / "predictions.csv")
+    if skipped:
+        print(
+            f"error: {len(skipped)} of {len(files)} files are not readable images, named above; "
+            "convert or remove them",
+            file=sys.stderr,
+        )
+    return 2 if skipped else 0
+
+
+def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> None:
+    """Write every tile's class and probabilities as CSV; print the first fifty."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(["file", "class", *SHORT_NAMES])
     table.writerows([name, SHORT_NAMES[p.argmax()], *p.tolist()] for name, p in rows)
-    write_atomically(out_dir / "predictions.csv", buffer.getvalue().encode())
+    write_atomically(path, buffer.getvalue().encode())
     print(f"{'file':40}  {'class':36}  prob.  second")
     for name, p in rows[:50]:
         second, first = np.argsort(p)[-2:]
@@ -625,14 +647,7 @@ def classify(
             f"{SHORT_NAMES[second]} {p[second]:.3f}"
         )
     more = f" ({len(rows) - 50} more)" if len(rows) > 50 else ""
-    print(f"All nine probabilities of {len(rows)} tiles: {out_dir / 'predictions.csv'}{more}")
-    if skipped:
-        print(
-            f"error: {len(skipped)} of {len(files)} files are not readable images, named above; "
-            "convert or remove them",
-            file=sys.stderr,
-        )
-    return 2 if skipped else 0
+    print(f"All nine probabilities of {len(rows)} tiles: {path}{more}")
 
 
 # ------------------------------------------------------------------------------ modes

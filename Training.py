@@ -456,12 +456,14 @@ def train_one_epoch(
     epoch: int,
     bar: tqdm,
 ) -> dict[str, float]:
-    """Train on every image once; return mean cross-entropy and accuracy on the augmented images.
+    """Train on every image once; return the epoch's train figures and how long it took.
 
-    An image with a pasted patch counts as right when its larger part's class is found.
+    Cross-entropy and accuracy are means over the augmented images. An image with a pasted patch
+    counts as right when its larger part's class is found.
 
     Sums stay on the device until the end, so a GPU is never waited for inside the epoch.
     """
+    start = time.perf_counter()
     net.train()
     generator = seed_epoch(loader, config, epoch)
     total_steps = config.epochs * len(loader)
@@ -473,28 +475,49 @@ def train_one_epoch(
                 group["lr"] = learning_rate(step, total_steps, config)
         images = images.to(config.device, non_blocking=True)
         labels = labels.to(config.device, non_blocking=True)
-        images = augment(images, generator, config)
-        targets = F.one_hot(labels, len(SHORT_NAMES)).float()
-        if config.cutmix:
-            images, targets = cutmix(images, targets, generator, config.cutmix)
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = net(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        net.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        logits, targets = train_step(net, optimizers, images, labels, generator, config)
         average(step)
-        with torch.no_grad():
-            loss_sum = F.cross_entropy(logits, targets, reduction="sum")
-            correct = (logits.argmax(1) == targets.argmax(1)).sum()
-            sums += torch.stack([loss_sum, correct, torch.ones_like(correct) * len(labels)])
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+        correct = (logits.argmax(1) == targets.argmax(1)).sum()
+        sums += torch.stack([loss_sum, correct, torch.ones_like(correct) * len(labels)])
         bar.update()
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss_sum, correct, count = sums.tolist()
-    return {"train_loss": loss_sum / count, "train_accuracy": correct / count}
+    seconds = time.perf_counter() - start
+    return {
+        "train_loss": loss_sum / count,
+        "train_accuracy": correct / count,
+        "seconds": seconds,
+        "images_per_second": len(loader.dataset) / seconds,
+    }
+
+
+def train_step(
+    net: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """Augment one batch, pass it forwards and backwards, update the weights.
+
+    Takes uint8 images (N, S, S, 3) and int64 labels (N,) on the device; returns detached float32
+    logits and the targets that they should have met, both (N, 9).
+    """
+    images = augment(images, generator, config)
+    targets = F.one_hot(labels, len(SHORT_NAMES)).float()
+    if config.cutmix:
+        images, targets = cutmix(images, targets, generator, config.cutmix)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = net(images)
+    logits = logits.float()
+    net.zero_grad()
+    F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return logits.detach(), targets
 
 
 def make_average(model: nn.Module, config: Config, total_steps: int):
@@ -622,7 +645,7 @@ def fit(
     Returns
     -------
     list of dict
-        One row per epoch: see `validate`.
+        One row per epoch: see `train_one_epoch` and `validate`.
 
     Raises
     ------
@@ -654,20 +677,10 @@ def fit(
             if epoch - state.best_epoch >= config.patience:
                 bar.write(f"early stop: val loss is worse than at epoch {state.best_epoch}")
                 break
-            start = time.perf_counter()
-            train = train_one_epoch(
-                net, average, train_loader, state.optimizers, config, epoch, bar
-            )
-            seconds = time.perf_counter() - start
+            row = train_one_epoch(net, average, train_loader, state.optimizers, config, epoch, bar)
             synchronise_buffers(model, averaged)
-            row, probs, labels = validate(averaged, val_loader)
-            row |= {
-                "epoch": epoch + 1,
-                "lr": state.optimizers[0].param_groups[0]["lr"],
-                **train,
-                "seconds": seconds,
-                "images_per_second": len(train_loader.dataset) / seconds,
-            }
+            val, probs, labels = validate(averaged, val_loader)
+            row |= val | {"epoch": epoch + 1, "lr": state.optimizers[0].param_groups[0]["lr"]}
             check_finite(row, state.best_epoch, run_dir)
             state.history.append(row)
             if rank == 0:

@@ -33,17 +33,16 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from analyze_data import SPLITS, PathData, channel_stats, load_data  # noqa: E402
-from MyModels import NUM_CLASSES, ResNet18, SkipCNN  # noqa: E402
+from MyModels import ResNet18, SkipCNN  # noqa: E402
 from PathMNIST import EVAL_BATCH, make_loader  # noqa: E402
 from Training import (  # noqa: E402
     Config,
-    augment,
-    cutmix,
     make_average,
     make_optimizers,
     predict,
     resolve,
     train_one_epoch,
+    train_step,
 )
 
 SHARES = (0.1, 0.3, 1.0)
@@ -107,20 +106,10 @@ def our_step(data: PathData, config: Config) -> Callable[[], None]:
     optimizers = make_optimizers(model, config)
     images = torch.from_numpy(data.images["train"][: config.batch_size]).to(config.device)
     labels = torch.from_numpy(data.labels["train"][: config.batch_size]).to(config.device)
-    one_hot = F.one_hot(labels, NUM_CLASSES).float()
     generator = torch.Generator(config.device).manual_seed(0)
 
     def step() -> None:
-        views, targets = cutmix(
-            augment(images, generator, config), one_hot, generator, config.cutmix
-        )
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = model(views)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        train_step(model, optimizers, images, labels, generator, config)
         average(10)
 
     return step
