@@ -569,7 +569,7 @@ def grad_cam(
         Float (N, 3, S, S) in [0, 1].
     layer : nn.Module
         A part of `model` whose output is (N, channels, height, width). For `SkipCNN` at 28 px,
-        `model.stage2` (7 x 7 positions) shows structures, `model.stage3` (3 x 3, the layer that
+        `model.stage2` (7 x 7 positions) shows structures, `model.stage3` (4 x 4, the layer that
         the head pools) little more than a half of the image; from 64 px on, `stage3`.
     classes : (N,) int or None
         The classes to explain; the predicted ones when None.

@@ -42,7 +42,7 @@ class SkipStage(nn.Module):
     The main path is conv - MaxPool - BatchNorm - activation - conv - BatchNorm; pooling before
     the first BatchNorm leaves only a quarter of the values to normalise and activate. The skip
     path is MaxPool and a 1x1 convolution that matches the widths. (N, in, S, S) -> (N, out,
-    S // 2, S // 2).
+    ceil(S / 2), ceil(S / 2)): of an odd size, the last row and column are pooled alone.
 
     The last BatchNorm starts at zero, so that every stage starts as its skip path alone (Goyal
     et al. 2017, arXiv 1706.02677, section 5.1).
@@ -51,19 +51,20 @@ class SkipStage(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.skip = nn.Sequential(
-            nn.MaxPool2d(2), nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
         )
         self.act2 = nn.ReLU()
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn (N, in, S, S) into (N, out, S // 2, S // 2)."""
+        """Turn (N, in, S, S) into (N, out, ceil(S / 2), ceil(S / 2))."""
         main = self.act1(self.norm1(self.pool(self.conv1(x))))
         main = self.norm2(self.conv2(main))
         return self.act2(main + self.skip(x))

@@ -794,6 +794,8 @@ def join_processes() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Statistics are averaged after each epoch instead; `forward_sync_buffers` is too new to use.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one voice on the terminal)

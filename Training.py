@@ -413,6 +413,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         lr=config.lr,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
+        ns_steps=3,  # torch's 5 orthogonalise more exactly, cost more and gain nothing here
     )
     return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")]
 
