@@ -127,7 +127,7 @@ def build_parser() -> Parser:
     add(
         "--patience",
         type=number(int, 1, 100_000),
-        help="epochs with a worse val loss before stopping (default: a third of the epochs)",
+        help="epochs without a val loss near the lowest before stopping (default: a third of all)",
     )
     seeds = parser.add_mutually_exclusive_group()
     seed = number(int, 0, 2**31 - 1)
@@ -186,7 +186,7 @@ def make_loader(
         order: Iterable[int] = range(first, len(dataset), step)
         return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, False))
     order = DistributedSampler(dataset, size, rank, seed=shuffle_seed * 100_003)
-    # BatchNorm cannot train on a batch of one image: such a last batch waits for another epoch.
+    # One image's statistics are no basis for BatchNorm: such a last batch waits for another epoch.
     drop_last = len(order) % batch_size == 1 and len(order) > 1
     return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
 
@@ -264,7 +264,7 @@ def say_how_to_resume(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        if (run_dir / "last.pt").exists():
+        if world()[0] == 0 and any(run_dir.rglob("last.pt")):
             stop.add_note(f"go on with: python PathMNIST.py --resume {run_dir}")
         raise
 
@@ -284,6 +284,8 @@ def read_run(run_dir: Path) -> dict:
             raise TypeError("a value of another type")
         if config["model"] not in MODELS:
             raise ValueError("an unknown model")
+        if not all(isinstance(seed, int) for seed in settings.get("seeds", [])):
+            raise TypeError("a seed of another type")
         settings["config"] = Config(**config)
         settings["dataset"]["md5"], settings["dataset"]["path"]
         return settings
@@ -332,10 +334,8 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         f"{config.device} {config.precision}, seed {config.seed}"
         + (f", resumed after epoch {epochs_done}" if resuming else "")
     )
-    with (
-        say_how_to_resume(run_dir),
-        SummaryWriter(str(run_dir), purge_step=epochs_done + 1 if resuming else None) as writer,
-    ):
+    purge = epochs_done + 1 if resuming else None
+    with SummaryWriter(str(run_dir), purge_step=purge) as writer:
         if not resuming:
             log_start(writer, model, data, config, settings)
         identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
@@ -406,6 +406,13 @@ def evaluate(
     return {**results, "probs": probs}
 
 
+def explained_layer(model: nn.Module, size: int) -> nn.Module:
+    """Return the layer for Grad-CAM: the last that still has 7 x 7 positions or more."""
+    stages = model.net if hasattr(model, "net") else model
+    early, late = ("layer3", "layer4") if hasattr(model, "net") else ("stage2", "stage3")
+    return getattr(stages, early if size < 56 else late)
+
+
 def result_figures(
     model: nn.Module,
     config: Config,
@@ -432,8 +439,7 @@ def result_figures(
     right = test.argmax(1) == labels
     shown = np.concatenate([np.flatnonzero(right)[:4], np.flatnonzero(~right)[:4]])
     inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
-    layer = model.stage2 if config.model == "skipcnn" else model.net.layer2
-    heatmaps = Evaluation.grad_cam(model, inputs, layer)
+    heatmaps = Evaluation.grad_cam(model, inputs, explained_layer(model, data.size))
     table = layer_table(model, data.size)
     figures["architecture"] = Evaluation.architecture_figure(table, type(model).__name__)
     figures["gradcam_test"] = Evaluation.gradcam_figure(
@@ -521,7 +527,7 @@ def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
 
 
 def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> None:
-    """Log the head's input for every val tile, with names and pictures, to the projector."""
+    """Log the last layer's input for every val tile, with names and pictures, to the projector."""
     features: list[torch.Tensor] = []
     hook = list(model.modules())[-1].register_forward_pre_hook(
         lambda _module, inputs: features.append(inputs[0].cpu())
@@ -601,7 +607,7 @@ def classify(
     """
     model, checkpoint = load_model(run_dir, device)
     size = checkpoint["identity"].get("size", 28)
-    layer = model.stage2 if hasattr(model, "stage2") else model.net.layer2
+    layer = explained_layer(model, size)
     files, skipped, rows = find_tiles(paths), [], []
     out_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint["identity"].get("kind") == "synthetic":
@@ -613,7 +619,8 @@ def classify(
             probs, _ = predict(model, [(tiles, torch.zeros(len(tiles)))], views=8)
             rows += zip(names, probs, strict=True)
             if explain:
-                heatmaps = Evaluation.grad_cam(model, to_float(tiles).to(device), layer)
+                inputs = to_float(tiles).to(device)
+                heatmaps = Evaluation.grad_cam(model, inputs, layer, probs.argmax(1))
                 numbers = range(len(rows) - len(names), len(rows))  # file names may be alike
                 each = zip(numbers, names, tiles, heatmaps, probs, strict=True)
                 for number, name, tile, heatmap, p in each:
@@ -664,16 +671,24 @@ def new_runs(args: dict) -> dict:
     name = f"{config.model}-seed{'-'.join(map(str, seeds))}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = args.get("name", f"synthetic-{name}" if data.kind == "synthetic" else name)
     run_dir = shared(lambda: make_run_dir(log_dir, name, unique="name" in args))
-    if len(seeds) == 1:
-        results = train(data, config, run_dir, "embeddings" in args)
-        summarise(results, run_dir, log_dir)
-        return results
+    if len(seeds) > 1 and world()[0] == 0:
+        settings = {"config": asdict(config), "dataset": dataset_card(data), "seeds": seeds}
+        write_json(run_dir / "config.json", settings)
+    return train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+
+
+def train_seeds(
+    data: PathData, config: Config, seeds: Sequence[int], run_dir: Path, embeddings: bool
+) -> dict:
+    """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own."""
     runs = []
-    for seed in seeds:
-        seed_dir = shared(lambda seed=seed: make_run_dir(run_dir, f"seed{seed}"))
-        runs.append(train(data, replace(config, seed=seed), seed_dir, "embeddings" in args))
-        summarise(runs[-1], seed_dir, log_dir)
-    return summarise_seeds(runs, data, run_dir)
+    with say_how_to_resume(run_dir):
+        for seed in seeds:
+            seed_dir = run_dir / f"seed{seed}" if len(seeds) > 1 else run_dir
+            shared(lambda seed_dir=seed_dir: seed_dir.mkdir(exist_ok=True))
+            runs.append(train(data, replace(config, seed=seed), seed_dir, embeddings))
+            summarise(runs[-1], seed_dir, run_dir.parent)
+    return summarise_seeds(runs, data, run_dir) if len(runs) > 1 else runs[0]
 
 
 def resume_run(args: dict) -> dict:
@@ -682,22 +697,31 @@ def resume_run(args: dict) -> dict:
     settings = read_run(run_dir)
     config = settings["config"]
     for key, value in args.items():
-        if hasattr(config, key) and getattr(config, key) != value:
+        if hasattr(config, key) and key != "device" and getattr(config, key) != value:
             raise UserError(
                 f"--{key.replace('_', '-')} {value}: {run_dir} was started with "
                 f"{getattr(config, key)}; resume without that flag, or start a new run"
             )
     refuse(args, ("seeds", "name", "log_dir"), "--resume")
-    data = load_data(find_data(args.get("data", settings["dataset"]["path"])))
+    data = data_of_run(args, settings, run_dir)
     if data.md5 != settings["dataset"]["md5"]:
         raise UserError(
             f"{data.path}: not the file that {run_dir} was trained on; give that --data"
         )
-    if not (run_dir / "last.pt").exists():
+    seeds = settings.get("seeds") or [config.seed]
+    if len(seeds) == 1 and not (run_dir / "last.pt").exists():
         raise UserError(f"{run_dir}: no last.pt to resume from; start a new run")
-    results = train(data, resolve(config, data.counts["train"]), run_dir, "embeddings" in args)
-    summarise(results, run_dir, run_dir.parent)
-    return results
+    config = replace(config, device=args.get("device", config.device))
+    config = resolve(config, data.counts["train"])
+    return train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+
+
+def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
+    """Return the data that --data names, or else that the run was trained on."""
+    path = args.get("data", settings["dataset"]["path"])
+    if "data" not in args and not Path(path).exists():
+        raise UserError(f"{run_dir}: its data is not at {path}; say with --data where it is")
+    return load_data(find_data(path))
 
 
 def evaluate_run(args: dict) -> dict:
@@ -708,7 +732,7 @@ def evaluate_run(args: dict) -> dict:
         raise UserError(f"--model {args['model']}: {run_dir} holds a {settings['config'].model}")
     names = {field.name for field in fields(Config)} - {"model", "device"}
     refuse(args, (*names, "seeds", "name", "log_dir", "embeddings"), "--evaluate")
-    data = load_data(find_data(args.get("data", settings["dataset"]["path"])))
+    data = data_of_run(args, settings, run_dir)
     config = resolve(
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
         data.counts["train"],
@@ -788,15 +812,18 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
 # ------------------------------------------------------------------------------ several processes
 
 
-def join_processes() -> None:
+def join_processes(device: str) -> None:
     """Under torchrun, join the other processes (nccl between GPUs, gloo between CPUs)."""
     if "WORLD_SIZE" not in os.environ:
         return
-    if torch.cuda.is_available():
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError("more processes than GPUs; lower --nproc-per-node, or use --device cpu")
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Statistics are averaged after each epoch instead; `forward_sync_buffers` is too new to use.
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one voice on the terminal)
 
@@ -821,7 +848,7 @@ def main(argv: list[str] | None = None) -> int:
     Stopped.install()
     threading.excepthook = no_traceback_of_full_disks
     try:
-        join_processes()
+        join_processes(args.get("device", "auto"))
         if "predict" in args:
             names = {field.name for field in fields(Config)} - {"device"}
             refuse(args, (*names, "data", "seeds", "name", "embeddings"), "--predict")

@@ -103,7 +103,7 @@ def resolve(config: Config, n_train: int) -> Config:
     Raises
     ------
     UserError
-        If the device or the precision is not available on this machine.
+        If the device is not available on this machine.
     """
     steps_per_epoch = math.ceil(n_train / config.batch_size)
     epochs = config.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, round(STEPS / steps_per_epoch)))
@@ -132,7 +132,8 @@ def has_bf16(device: str) -> bool:
     """Return whether the device computes bfloat16 in hardware (emulated, it is slower)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions: fp32 then
+    return device == "cpu" and capabilities.get("avx512_bf16", False)
 
 
 def world() -> tuple[int, int]:
@@ -278,7 +279,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from error
+        remedy = "free some space, or choose a folder that can be written"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -300,6 +302,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the folder of a finished run")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read; ask for the permission to")
     try:
         if not zipfile.is_zipfile(path):  # nor is it unpickled: not even by torch's safe reader
             raise ValueError("no zip archive")
@@ -372,10 +376,10 @@ def gather(*arrays: np.ndarray) -> list[np.ndarray]:
 class ConvMuon(torch.optim.Muon):
     """torch's Muon, given convolution kernels as the matrices that it takes.
 
-    Muon replaces the gradient of a matrix by the nearest orthogonal one, so that all directions
-    of a layer learn at the same pace (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A
-    kernel (out, in, 3, 3) is handed over as (out, 3 * 3 * in), a view of the same memory: the
-    weights have to be in channels_last format.
+    Muon replaces the averaged gradient of a matrix (its momentum) by about the nearest orthogonal
+    matrix, so that all directions of a layer learn at one pace (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). A kernel (out, in, 3, 3) is handed over as a matrix (out,
+    3 * 3 * in), a view of the same memory: the weights have to be in channels_last format.
     """
 
     def __init__(self, kernels: list[nn.Parameter], **options: object) -> None:

@@ -22,7 +22,7 @@ import PathMNIST
 from analyze_data import CLASS_NAMES, UserError
 from Evaluation import compute_metrics
 from MyModels import SkipCNN, count_parameters
-from Training import best_epoch
+from Training import Stopped, best_epoch
 
 SPLITS = ("val", "test", "val_tta", "test_tta")
 
@@ -161,6 +161,43 @@ def test_several_seeds_and_their_ensemble(
     for name in ("accuracy", "auc", "loss"):
         assert summary["test"]["ensemble"][name] == pytest.approx(expected[name], rel=1e-5)
     assert f"ensemble {expected['accuracy']:.4f}" in out
+
+
+def test_several_seeds_are_resumed_where_they_stopped(
+    cli: Callable, no_figures: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--data", tiny, *TRAINING, "--epochs", "2", "--seeds", "3", "1", "--log-dir", tmp_path]
+    assert cli(*argv, "--name", "whole")[0] == 0
+    real, calls = PathMNIST.evaluate, []
+
+    def stop_in_the_second(*args: object, **kwargs: object) -> dict:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped(2)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(PathMNIST, "evaluate", stop_in_the_second)
+    status, _, err = cli(*argv, "--name", "stopped")
+    assert status == 130
+    assert err.strip().endswith(f"go on with: python PathMNIST.py --resume {tmp_path / 'stopped'}")
+    assert cli("--resume", tmp_path / "stopped")[0] == 0
+    whole, again = (
+        json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "stopped")
+    )
+    for summary in (whole, again):
+        del summary["train_seconds"]
+    assert again == whole
+
+
+def test_a_run_whose_data_is_gone(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "without data")
+    settings = json.loads((copy / "config.json").read_text())
+    settings["dataset"]["path"] = str(tmp_path / "gone.npz")
+    (copy / "config.json").write_text(json.dumps(settings))
+    for mode in ("--evaluate", "--resume"):
+        status, _, err = cli(mode, copy)
+        line = only_line(err)
+        assert status == 2 and "gone.npz" in line and "say with --data" in line
 
 
 def test_synthetic_data_is_called_so_everywhere(

@@ -62,6 +62,21 @@ def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) 
     assert rows_missing(table, report) == []
 
 
+def test_search_table_is_what_its_runs_say(report: str) -> None:
+    runs = (ROOT / "tests" / "benchmarks" / "search.jsonl").read_text().splitlines()
+    variants: dict[str, dict[int, dict]] = {}
+    for run in map(json.loads, runs):
+        variants.setdefault(run["variant"], {})[run["fold"]] = run
+    (first, base), *others = variants.items()
+    keys = ("val", "val_tta", "shift", "val_tta_loss")
+    means = [sum(run[key] for run in base.values()) / len(base) for key in keys]
+    table = [f"| {first} | {len(base)} | " + " | ".join(f"{m:.3f}" for m in means) + " |"]
+    for name, folds in others:
+        gains = [sum(folds[i][key] - base[i][key] for i in folds) / len(folds) for key in keys]
+        table.append(f"| {name} | {len(folds)} | " + " | ".join(f"{g:+.3f}" for g in gains) + " |")
+    assert rows_missing("\n".join(table), report) == []
+
+
 def test_every_picture_in_the_texts_exists() -> None:
     import re
 

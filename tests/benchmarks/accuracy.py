@@ -38,10 +38,12 @@ CURVE = (100, 200, 400)
 
 
 def simulated_shift(images: np.ndarray) -> np.ndarray:
-    """Re-stain images in eight ways that no training here uses: uint8 (8 N, S, S, 3).
+    """Re-stain images in eight ways: uint8 (8 N, S, S, 3).
 
     Hue and saturation both ways, gamma both ways, and two random mixtures of the channels. It
-    stands for another centre where the real one must not be looked at.
+    stands for another centre where the real one must not be looked at. Training's own colour
+    augmentation is another one, but akin to it: gamma is what stain jitter does with equal gains,
+    only stronger than there.
     """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     generator = torch.Generator().manual_seed(1)
