@@ -77,6 +77,22 @@ def test_search_table_is_what_its_runs_say(report: str) -> None:
     assert rows_missing("\n".join(table), report) == []
 
 
+def test_cheaper_table_is_what_its_runs_say(report: str) -> None:
+    runs = (ROOT / "tests" / "benchmarks" / "search_cheaper.jsonl").read_text().splitlines()
+    variants: dict[str, list[dict]] = {}
+    for run in map(json.loads, runs):
+        variants.setdefault(run["variant"], []).append(run)
+    table = []
+    for name, rows in variants.items():
+        where = "folds" if "fold" in rows[0] else "seeds"
+        cells = [name, f"{rows[0]['parameters']:,}", f"{len(rows)} {where}"]
+        for key in ("val", "val_tta", "shift", "val_tta_loss"):
+            values = [row[key] for row in rows if key in row]
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+        table.append(f"| {' | '.join(cells)} |")
+    assert rows_missing("\n".join(table), report) == []
+
+
 def test_every_picture_in_the_texts_exists() -> None:
     import re
 
