@@ -52,7 +52,7 @@ def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: di
     assert metrics["model"]["parameters"] == count_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "accuracy_fp32", "speed"])
+@pytest.mark.parametrize("name", ["accuracy", "accuracy_fp32", "speed", "speed_fp32"])
 def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) -> None:
     import importlib
 
