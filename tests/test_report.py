@@ -1,6 +1,7 @@
 """Every table of numbers in report.md and README.md is what the files in the tree say."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) 
     results = json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
     table = module.markdown(results.get("rows", results))
     assert rows_missing(table, report) == []
+
+
+def test_headline_is_the_mean_of_all_ten_runs(report: str) -> None:
+    files = [ROOT / "tests" / "benchmarks" / f"{n}.json" for n in ("accuracy", "accuracy_fp32")]
+    first, second = (json.loads(path.read_text())["rows"]["default"] for path in files)
+    for key in ("test", "test_tta"):
+        runs = first[key]["runs"] + second[key]["runs"]
+        assert len(runs) == 10
+        assert f"**{statistics.mean(runs):.3f} (s.d. {statistics.stdev(runs):.3f})**" in report
+    for row in (first, second):
+        assert f"**{row['ensemble_test_tta']:.3f}**" in report
+    mean = f"{second['test']['mean']:.3f} (s.d. {second['test']['std']:.3f})"
+    assert f"a second machine gave {mean}" in (ROOT / "README.md").read_text()
 
 
 def test_search_table_is_what_its_runs_say(report: str) -> None:
