@@ -5,7 +5,7 @@
     confusion_figure(metrics["confusion_matrix"], note="test").savefig("confusion.png")
 
 Everywhere, `probs` is float (N, 9) with rows that sum to 1, `labels` is int (N,) in 0..8, and N is
-1 or more. Every figure shows its `note` under the title: which data, which model.
+1 or more. A figure shows its `note` under the title: which split, and whether it is synthetic.
 """
 
 import functools
@@ -345,7 +345,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]] | np.ndarray, note: str = "
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         text = f"{count}\n{share[row, column]:.0%}" if count else "0"
-        colour = "white" if share[row, column] > 0.5 else "black" if count else "grey"
+        colour = "white" if share[row, column] > 0.6 else "black" if count else "grey"
         axes.text(column, row, text, ha="center", va="center", fontsize=10.5, color=colour)
     axes.set_xticks(CLASSES, SHORT_NAMES)
     axes.set_yticks(CLASSES, SHORT_NAMES)
@@ -461,7 +461,10 @@ def augmentation_figure(plain: np.ndarray, augmented: np.ndarray, note: str = ""
     `plain` (N, S, S, 3) uint8 or float in [0, 1]; `augmented` the same images as floats in about
     [0, 1], clipped for display.
     """
-    caption = "Each pair: left as in the file, right as training sees it in one epoch."
+    caption = (
+        "Each pair: left as in the file, right as training may see it, with a patch of another "
+        "tile (CutMix). One patch serves a batch, here these eight; half of the batches get none."
+    )
     return _tiles(3, _pairs(plain, augmented), None, ("Augmentation", note, caption))
 
 
@@ -483,11 +486,11 @@ def gradcam_figure(
     grey = _pairs(images, images)[:, :, : images.shape[2]].mean(axis=3, keepdims=True)
     overlay = 0.5 * grey + 0.5 * colormaps["viridis"](heatmaps)[..., :3]
     caption = (
-        "Yellow: what spoke most for the predicted class, dark blue: what did not. Percentage: "
+        "Yellow: what spoke most for the predicted class, violet: what did not. Percentage: "
         "its probability."
     )
     if labels is not None:
-        caption += " Blue frame: classified correctly, red frame: incorrectly."
+        caption += " Blue frame: classified correctly, orange: incorrectly."
     truth = [None] * len(images) if labels is None else labels
     titles = [_verdict(row, label) for row, label in zip(probs, truth, strict=True)]
     text = ("Grad-CAM", note, f"{caption}\n{CODES}")
@@ -495,55 +498,65 @@ def gradcam_figure(
 
 
 @house_style
-def architecture_figure(
-    table: Sequence[tuple[str, str, str, str, int]], name: str, note: str = ""
-) -> "Figure":
+def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: str) -> "Figure":
     """Draw the model's named stages as boxes, with what each holds and its output shape.
 
-    `table` is what `MyModels.layer_table` returned. A stage that has a part called "skip" gets
-    its skip connection drawn beside the box.
+    `table` is what `MyModels.layer_table` returned. In a stage that has a part called "skip", that
+    part is drawn as a box beside the layers that it goes around, then their sum, then the rest.
     """
     stages: dict[str, list] = {}
     for row in table:
         stages.setdefault(row[0].removeprefix("net.").split(".")[0], []).append(row)
+    heights = [1 + any(".skip" in row[0] for row in rows) for rows in stages.values()]
     total = sum(row[4] for row in table)
-    caption = (
-        "Top to bottom. Right of each box: output shape (channels x height x width), parameters."
-    )
-    figure = _figure(
-        1.2 + 0.85 * len(stages),
-        f"{name}: {total:,} parameters",
-        note,
-        f"{caption} Orange: skip connection.",
-    )
+    caption = "Top to bottom. At the right: output shape (channels x height x width), parameters."
+    if max(heights) > 1:
+        caption += " Orange: skip connection."
+    figure = _figure(1.2 + 0.85 * sum(heights), f"{name}: {total:,} parameters", "", caption)
     axes = figure.subplots()
-    axes.set(xlim=(0, 10), ylim=(-len(stages) + 0.4, 0.6))
+    axes.set(xlim=(0, 10.4), ylim=(-sum(heights), 0))
     axes.axis("off")
     for index, (stage, rows) in enumerate(stages.items()):
-        _draw_stage(axes, -index, stage, rows)
+        _draw_stage(axes, -sum(heights[:index]), heights[index], stage, rows)
     return figure
 
 
-def _draw_stage(axes: "Axes", y: int, name: str, rows: Sequence[tuple]) -> None:
-    """Draw one stage of `architecture_figure` at height y: box, numbers and arrows."""
-    layers = [
-        f"{kind.replace('2d', '')} {kernel}".strip()
-        for part, kind, kernel, _, _ in rows
-        if ".skip" not in part and kind != "Flatten"
-    ]
-    text = textwrap.fill(", ".join(layers), 50) if len(layers) < 9 else f"{len(layers)} layers"
-    box = {"boxstyle": "round,pad=0.4", "facecolor": "#E6F1F8", "edgecolor": BLUE}
-    axes.text(0.9, y, name, ha="right", va="center", weight="bold", fontsize=11)
-    axes.text(4.2, y, text, ha="center", va="center", fontsize=9, bbox=box)
+def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[tuple]) -> None:
+    """Draw one stage of `architecture_figure`, from `top` down: boxes, arrows and numbers."""
+    path, side = 3.6, 7.3  # where the layers stand, and the skip connection
+    skips = [index for index, row in enumerate(rows) if ".skip" in row[0]]
+    first, last = (skips[0], skips[-1] + 1) if skips else (len(rows), len(rows))
+    parts = (rows[:first], rows[first:last], rows[last:])
+    before, skip, after = (_layer_names(part) for part in parts)
+
+    def box(x: float, y: float, text: str, colour: str) -> None:
+        style = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colour}
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=style, zorder=3)
+
+    def arrow(colour: str, *points: tuple[float, float]) -> None:
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5)
+        style = {"arrowstyle": "->", "color": colour, "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", points[-1], points[-2], arrowprops=style)
+
+    middle = top - height / 2
+    if skips:
+        entry, middle, total = top - 0.12, top - 0.8, top - 1.5
+        arrow(ORANGE, (path, entry), (side, entry), (side, total), (path + 0.62, total))
+        arrow(GREY, (path, middle), (path, total + 0.15))
+        box(side, middle, textwrap.fill(skip, 14), ORANGE)
+        box(path, total, f"add, {after}", BLUE)
+    arrow(GREY, (path, top), (path, middle + (0.25 if skips else 0.15)))
+    box(path, middle, textwrap.fill(before, 34), BLUE)
+    axes.plot([path, path], [total if skips else middle, top - height], color=GREY, linewidth=1.5)
+    axes.text(0.9, middle, name, ha="right", va="center", weight="bold", fontsize=11)
     shape, count = rows[-1][3], sum(row[4] for row in rows)
-    axes.text(7.5, y, f"{shape}\n{count:,}", va="center", fontsize=10)
-    if y:
-        down = {"arrowstyle": "->", "color": GREY}
-        axes.annotate("", (4.2, y + 0.3), (4.2, y + 0.7), arrowprops=down)
-    if any(".skip" in row[0] for row in rows):
-        around = {"arrowstyle": "->", "color": ORANGE, "linewidth": 2.5}
-        around["connectionstyle"] = "arc3,rad=-0.5"
-        axes.annotate("", (6.9, y - 0.42), (6.9, y + 0.42), arrowprops=around)
+    axes.text(8.6, middle, f"{shape}\n{count:,}", va="center", fontsize=10)
+
+
+def _layer_names(rows: Sequence[tuple]) -> str:
+    """Return the layers' types and kernels as one text, or how many they are."""
+    names = [f"{row[1].replace('2d', '')} {row[2]}".strip() for row in rows if row[1] != "Flatten"]
+    return ", ".join(names) if len(names) < 9 else f"{len(names)} layers"
 
 
 # ---- Grad-CAM -----------------------------------------------------------------------------------

@@ -205,4 +205,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=MODELS, default="skipcnn", help="default: %(default)s")
     parser.add_argument("--size", type=int, default=28, help="image size in px (default: 28)")
     args = parser.parse_args()
+    if args.size < 8:
+        parser.error("--size: 8 px or more")
     print(layer_markdown(MODELS[args.model](), args.size))

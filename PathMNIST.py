@@ -10,15 +10,21 @@
 Every run leaves its own folder: TensorBoard log, weights, metrics, figures, predictions.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
+import errno
 import fcntl
 import io
 import json
 import math
 import os
 import re
-import signal
+import shlex
 import sys
 import threading
 import time
@@ -42,11 +48,14 @@ import Evaluation
 from analyze_data import (
     CLASS_NAMES,
     SHORT_NAMES,
+    Parser,
     PathData,
     UserError,
     channel_stats,
+    end_of_pipe,
     find_data,
     load_data,
+    tolerate_odd_names,
 )
 from MyModels import MODELS, count_parameters, layer_markdown, layer_table
 from Training import (
@@ -70,13 +79,6 @@ EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU 500 take half as
 
 
 # ------------------------------------------------------------------------------ command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
 
 
 def number(kind: type, low: float, high: float):
@@ -127,7 +129,7 @@ def build_parser() -> Parser:
     add(
         "--patience",
         type=number(int, 1, 100_000),
-        help="epochs without a val loss near the lowest before stopping (default: a third of all)",
+        help="epochs without a val loss near the lowest before stopping (default: a third, or 5)",
     )
     seeds = parser.add_mutually_exclusive_group()
     seed = number(int, 0, 2**31 - 1)
@@ -135,7 +137,7 @@ def build_parser() -> Parser:
     seeds.add_argument("--seeds", type=seed, nargs="+", help="one run per seed, and their ensemble")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     add("--precision", choices=["auto", "fp32", "bf16"], help="default: auto (bf16 where fast)")
-    add("--log-dir", type=Path, help="folder of all runs (default: runs)")
+    add("--log-dir", type=Path, help="folder of all runs (default: runs), or of predictions")
     add("--name", type=run_name, help="the run's folder (default: model, seed and time)")
     add("--embeddings", action="store_true", help="add val tiles to TensorBoard's projector")
     mode = parser.add_mutually_exclusive_group()
@@ -215,6 +217,9 @@ def figure_note(data: PathData) -> str:
 def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
     """Return a finished run's best model, in evaluation mode, and its checkpoint."""
     path = run_dir / "best.pt" if run_dir.is_dir() else run_dir
+    seeds = sorted(run_dir.glob("seed*/best.pt"))
+    if seeds and not path.exists():
+        raise UserError(f"{run_dir}: holds one run per seed; give one of them, {seeds[0].parent}")
     checkpoint = load_checkpoint(path, device)
     name = checkpoint["config"].get("model")
     if name not in MODELS:
@@ -265,7 +270,7 @@ def say_how_to_resume(run_dir: Path) -> Iterator[None]:
         yield
     except Stopped as stop:
         if world()[0] == 0 and any(run_dir.rglob("last.pt")):
-            stop.add_note(f"go on with: python PathMNIST.py --resume {run_dir}")
+            stop.add_note(f"go on with: python PathMNIST.py --resume {shlex.quote(str(run_dir))}")
         raise
 
 
@@ -387,7 +392,7 @@ def evaluate(
         **metrics,
     }
     new = Evaluation.save_predictions(
-        out_dir, probs["test"], metrics["test"], out_dir.name, data.size
+        out_dir, probs["test"], metrics["test"], out_dir.resolve().name, data.size
     )
     for old in set(out_dir.glob("pathmnist*_test_*.csv")) - {new}:
         old.unlink()
@@ -421,15 +426,12 @@ def result_figures(
     metrics: dict[str, dict],
     note: str,
 ) -> dict:
-    """Return every figure of results by its file name, all of the test split but where named."""
+    """Return every figure of results by its file name."""
+    note, val_note = f"test {note}".strip(), f"val {note}".strip()
     images, labels, test = data.images["test"], data.labels["test"], probs["test"]
     figures = {
-        "confusion_val": Evaluation.confusion_figure(
-            metrics["val"]["confusion_matrix"], f"val {note}".strip()
-        ),
-        "confusion_test": Evaluation.confusion_figure(
-            metrics["test"]["confusion_matrix"], f"test {note}".strip()
-        ),
+        "confusion_val": Evaluation.confusion_figure(metrics["val"]["confusion_matrix"], val_note),
+        "confusion_test": Evaluation.confusion_figure(metrics["test"]["confusion_matrix"], note),
         "per_class_test": Evaluation.per_class_figure(metrics["test"], note),
         "examples_correct": Evaluation.examples_figure(images, labels, test, True, note=note),
         "examples_incorrect": Evaluation.examples_figure(images, labels, test, False, note=note),
@@ -437,13 +439,17 @@ def result_figures(
         "confidence_test": Evaluation.confidence_figure(test, labels, note),
     }
     right = test.argmax(1) == labels
-    shown = np.concatenate([np.flatnonzero(right)[:4], np.flatnonzero(~right)[:4]])
+    shown = np.concatenate([np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]])
     inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
     heatmaps = Evaluation.grad_cam(model, inputs, explained_layer(model, data.size))
     table = layer_table(model, data.size)
     figures["architecture"] = Evaluation.architecture_figure(table, type(model).__name__)
     figures["gradcam_test"] = Evaluation.gradcam_figure(
-        images[shown], heatmaps, labels[shown], test[shown], note
+        images[shown],
+        heatmaps,
+        labels[shown],
+        test[shown],
+        f"{note}: the first five classified correctly and four incorrectly",
     )
     return figures
 
@@ -472,7 +478,8 @@ def log_start(
     card = settings["dataset"] | {"counts": counts}
     for name, values in (("config", settings["config"]), ("dataset", card)):
         rows = [f"| {key} | {value} |" for key, value in values.items()]
-        writer.add_text(name, "\n".join([f"| {name} | |", "|---|---|", *rows]))
+        text = "\n".join([f"| {name} | |", "|---|---|", *rows])
+        writer.add_text(name, text.encode(errors="backslashreplace").decode())
     writer.add_text("layers", layer_markdown(model, data.size))
     tiles = torch.from_numpy(data.images["train"][:8])
     generator = torch.Generator().manual_seed(config.seed)
@@ -494,8 +501,8 @@ def log_confusion(
     probs: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Log the confusion matrix on val after every fifth of the run."""
-    if epoch % math.ceil(config.epochs / 5) == 0:
+    """Log the confusion matrix on val after every fifth of the run and at its end."""
+    if epoch % math.ceil(config.epochs / 5) == 0 or epoch == config.epochs:
         matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
         figure = Evaluation.confusion_figure(matrix, f"val, epoch {epoch} {note}".strip())
         writer.add_figure("Confusion/val by epoch", figure, epoch)
@@ -545,12 +552,14 @@ def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> N
 
 
 def find_tiles(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths` and, sorted, all files in the folders among them."""
+    """Return the files among `paths` and, sorted, those in the folders, hidden ones apart."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-        elif path.exists():
+            below = sorted(p for p in path.rglob("*") if p.is_file())
+            hidden = [any(part[0] == "." for part in p.relative_to(path).parts) for p in below]
+            files += [p for p, skip in zip(below, hidden, strict=True) if not skip]
+        elif path.is_file():
             files.append(path)
         else:
             raise UserError(f"--predict {path}: no such file or folder")
@@ -572,7 +581,10 @@ def read_tile(path: Path, size: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 grey = np.asarray(image, dtype=np.float64)
-                top = next((t for t in (1, 255, 65_535) if grey.max() <= t), grey.max())
+                if not np.isfinite(grey).all():
+                    raise ValueError("not a number")
+                scales = [65_535] if image.mode.startswith("I;16") else [1, 255, 65_535]
+                top = next((t for t in scales if grey.max() <= t), grey.max())
                 image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -627,7 +639,7 @@ def classify(
                     figure = Evaluation.gradcam_figure(
                         tile[None].numpy(), heatmap[None], None, p[None]
                     )
-                    figure.savefig(out_dir / f"{number:04d}-{name.stem}.png")
+                    figure.savefig(out_dir / f"{number:04d}-{name.stem[:100]}.png")
             bar.update(len(names))
     write_predictions(rows, out_dir / "predictions.csv")
     if skipped:
@@ -645,7 +657,7 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(["file", "class", *SHORT_NAMES])
     table.writerows([name, SHORT_NAMES[p.argmax()], *p.tolist()] for name, p in rows)
-    write_atomically(path, buffer.getvalue().encode())
+    write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
     print(f"{'file':40}  {'class':36}  prob.  second")
     for name, p in rows[:50]:
         second, first = np.argsort(p)[-2:]
@@ -743,6 +755,9 @@ def evaluate_run(args: dict) -> dict:
             f"{run_dir / 'best.pt'}: holds a {checkpoint['config']['model']}, but the run is of a "
             f"{config.model}; train anew"
         )
+    size = checkpoint["identity"].get("size", data.size)
+    if size != data.size:
+        raise UserError(f"{data.path}: images of {data.size} px, but {run_dir} knows {size} px")
     out_dir = run_dir
     if data.md5 != settings["dataset"]["md5"]:
         out_dir = run_dir / f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
@@ -752,7 +767,7 @@ def evaluate_run(args: dict) -> dict:
         old = json.loads((run_dir / "metrics.json").read_text())
         keys = ("seed", "best_epoch", "epochs", "train_seconds", "images_per_second")
         training = {key: old[key] for key in keys}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         training = {"seed": config.seed}
     results = evaluate(model, config, data, out_dir, training)
     summarise(results, out_dir, run_dir.parent)
@@ -806,7 +821,7 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
     for path in sorted(out_dir.iterdir()):
         if path.name[0] != "." and not path.name.startswith("events"):
             print(f"  {path.name}{'/' if path.is_dir() else ''}")
-    print(f"Look at it with: tensorboard --logdir {log_dir}")
+    print(f"Look at it with: tensorboard --logdir {shlex.quote(str(log_dir))}")
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -829,10 +844,20 @@ def join_processes(device: str) -> None:
 
 
 def shared(make):
-    """Return what `make()` returns in the first process, in all processes."""
-    box = [make() if world()[0] == 0 else None]
+    """Return what `make()` returns in the first process, in all processes.
+
+    If it raises a `UserError`, the first process goes on to say so and the others end.
+    """
+    box: list = [None]
+    try:
+        if world()[0] == 0:
+            box = [make()]
+    except UserError as error:
+        box = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0] if world()[0] == 0 else SystemExit(2)
     return box[0]
 
 
@@ -847,6 +872,7 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     Stopped.install()
     threading.excepthook = no_traceback_of_full_disks
+    tolerate_odd_names()
     try:
         join_processes(args.get("device", "auto"))
         if "predict" in args:
@@ -855,16 +881,23 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint = args.get("checkpoint", BEST)
             device = resolve(Config(device=args.get("device", "auto")), 1).device
             out_dir = args.get("log_dir", Path("predictions"))
-            return classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
+            status = classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
+            sys.stdout.flush()
+            return status
         refuse(args, ("checkpoint", "explain"), "training or evaluation (only with --predict)")
         mode = resume_run if "resume" in args else evaluate_run if "evaluate" in args else new_runs
         mode(args)
+        sys.stdout.flush()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return end_of_pipe()
     except OSError as error:  # a full disk, a folder that was taken away
-        print(f"error: {error}; free some space or choose another folder", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "choose a folder that can be written"
+        print(f"error: {error}; {remedy}", file=sys.stderr)
         return 2
     except Stopped as stop:
         advice = "".join(f"; {note}" for note in getattr(stop, "__notes__", []))

@@ -7,6 +7,11 @@
 The other scripts use `find_data` and `load_data`. No torch is imported here, so this starts fast.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import hashlib
@@ -572,15 +577,35 @@ def _class_labels() -> list[str]:
 # ---- the command line ---------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def tolerate_odd_names() -> None:
+    """Let file names that are not UTF-8 be printed, with their odd bytes as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def end_of_pipe() -> int:
+    """Say nothing where nobody reads any more (`| head`); return the status shells give that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Check and describe the PathMNIST data.")
+    parser = Parser(description="Check and describe the PathMNIST data.")
     parser.add_argument("--data", help=f"npz file, or folder holding {FILE_NAME} (default: search)")
     parser.add_argument(
         "--out", default="figures", help="folder for the figures (default: figures)"
     )
     args = parser.parse_args(argv)
     try:
+        tolerate_odd_names()
         data = load_data(find_data(args.data))
         print(report(data))
         out = Path(os.path.expanduser(args.out))
@@ -590,10 +615,15 @@ def main(argv: list[str] | None = None) -> int:
             class_distribution(data).savefig(out / "class_distribution.png", dpi=100)
         except OSError as error:
             raise UserError(f"--out {out}: {error}; give a folder that can be written") from error
-        print(f"\nfigures        {out / 'samples.png'}\n{'':15}{out / 'class_distribution.png'}")
+        print(
+            f"\nfigures        {out / 'samples.png'}\n{'':15}{out / 'class_distribution.png'}",
+            flush=True,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return end_of_pipe()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -601,4 +631,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import kill_runs
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, SHARED, TRAINING, different_checkpoints, make_arrays, only_line
+from conftest import COUNTS, ROOT, SHARED, TRAINING, different_checkpoints, make_arrays, only_line
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -483,3 +485,86 @@ def test_a_second_signal_ends_at_once(setting: kill_runs.Setting) -> None:
     run.process.join(10)
     assert run.process.exitcode == -signal.SIGTERM
     assert kill_runs.checkpoint_epoch(run.run_dir) >= 1
+
+
+# ---- the ends of the world ----------------------------------------------------------------------
+
+
+def test_evaluate_refuses_images_of_another_size(
+    cli: Callable, run_dir: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "large.npz", **make_arrays(COUNTS, size=64))
+    before = read_metrics(run_dir)
+    status, _, err = cli("--evaluate", run_dir, "--data", tmp_path / "large.npz")
+    assert status == 2 and "images of 64 px" in only_line(err) and "28 px" in err
+    assert read_metrics(run_dir) == before
+
+
+def test_evaluate_inside_the_runs_folder(
+    cli: Callable, run_dir: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    monkeypatch.chdir(run_dir)
+    status, _, _ = cli("--evaluate", ".", "--device", "cpu")
+    (predictions,) = Path().glob("pathmnist_test_*.csv")
+    assert status == 0 and predictions.name.endswith("@copy.csv")
+
+
+def test_evaluate_where_metrics_json_is_of_no_use(
+    cli: Callable, run_dir: Path, no_figures: None
+) -> None:
+    (run_dir / "metrics.json").write_text("[]")
+    status, _, _ = cli("--evaluate", run_dir, "--device", "cpu")
+    assert status == 0 and read_metrics(run_dir)["seed"] == 0
+
+
+def test_a_folder_of_several_seeds_names_one_of_them(
+    cli: Callable, run_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "several" / "seed3")
+    status, _, err = cli("--predict", run_dir, "--checkpoint", tmp_path / "several")
+    assert status == 2 and only_line(err).endswith(f"one of them, {tmp_path / 'several' / 'seed3'}")
+
+
+@pytest.mark.parametrize("script", ["PathMNIST.py", "analyze_data.py"])
+def test_ctrl_c_during_the_imports_shows_no_traceback(script: str) -> None:
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # numpy's own modules are the first of those that take long
+        if "numpy" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == -signal.SIGINT
+    assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
+
+
+def test_nobody_reads_the_output(run_dir: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [
+        sys.executable,
+        "PathMNIST.py",
+        "--predict",
+        str(run_dir / "figures"),
+        "--checkpoint",
+    ]
+    command += [str(run_dir), "--log-dir", str(tmp_path / "out"), "--device", "cpu"]
+    process = subprocess.run(
+        command, check=False, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert process.stderr == "" and (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_log_folder_that_is_a_file_is_not_called_a_full_disk(
+    cli: Callable, run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    tiles = run_dir / "figures"
+    status, _, err = cli(
+        "--predict", tiles, "--checkpoint", run_dir, "--log-dir", tmp_path / "file"
+    )
+    assert status == 2 and "choose a folder" in only_line(err) and "space" not in err

@@ -111,3 +111,12 @@ def test_a_killed_process_ends_the_job(tiny: Path, tmp_path: Path) -> None:
         os.kill(int((tmp_path / "rank0.pid").read_text()), 0)
     for name in ("best.pt", "last.pt"):
         assert torch.load(tmp_path / "run" / name, weights_only=True)["epoch"] >= 1
+
+
+def test_a_taken_name_ends_both_processes_with_one_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    process = start(tmp_path, "--data", tiny, *TRAINING, "--log-dir", tmp_path, "--name", "run")
+    assert process.wait(120) != 0
+    output = (tmp_path / "output").read_text()
+    assert output.count("exists already") == 1
+    assert "broadcast_object_list" not in output  # no traceback of the second process

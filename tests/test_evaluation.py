@@ -20,7 +20,7 @@ from torch import nn
 
 import Evaluation
 from analyze_data import CLASS_NAMES, SHORT_NAMES
-from MyModels import SkipCNN
+from MyModels import ResNet18, SkipCNN, layer_table
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "data" / "reference_predictions.npz"
@@ -522,3 +522,19 @@ def test_grad_cam_leaves_the_model_alone(frozen, layer):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     assert images.grad is None and not images.requires_grad
+
+
+def test_architecture_figure_shows_where_the_skip_connection_joins():
+    figure = Evaluation.architecture_figure(layer_table(SkipCNN()), "SkipCNN")
+    check_legible(figure)
+    texts = [text.get_text().replace("\n", " ") for text in figure.axes[0].texts]
+    before = "Conv 3x3, MaxPool 2x2, BatchNorm, ReLU, Conv 3x3, BatchNorm"
+    assert [t for t in texts if t.startswith(("Conv 3x3, Max", "MaxPool", "add"))] == 3 * [
+        "MaxPool 2x2, Conv 1x1",
+        "add, ReLU",
+        before,
+    ]
+    other = Evaluation.architecture_figure(layer_table(ResNet18()), "ResNet18")
+    check_legible(other)
+    assert "12 layers" in [text.get_text() for text in other.axes[0].texts]
+    assert "Orange" not in other.get_supxlabel()

@@ -1,7 +1,11 @@
 """Tests of MyModels.py: python -m pytest tests/test_models.py"""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from MyModels import MODELS, Normalize, SkipCNN, count_parameters, layer_table
@@ -131,3 +135,10 @@ def test_layer_table_is_that_of_the_live_model(name: str) -> None:
 def test_each_stage_halves_the_resolution() -> None:
     sides = {row[0].split(".")[0]: row[3].split(" x ")[-1] for row in layer_table(SkipCNN(), 64)}
     assert [sides[f"stage{i}"] for i in (1, 2, 3)] == ["32", "16", "8"]
+
+
+def test_a_size_too_small_for_the_pools_is_refused_at_the_command_line() -> None:
+    command = [sys.executable, "MyModels.py", "--size", "7"]
+    process = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "8 px or more" in process.stderr and "Traceback" not in process.stderr

@@ -1,7 +1,9 @@
 """Tests of classifying new tiles: python -m pytest tests/test_predict.py"""
 
 import csv
+import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +49,7 @@ def probabilities(row: dict) -> list[float]:
 
 
 def test_find_tiles(tmp_path: Path) -> None:
-    for name in ("b.png", "a.tif", ".hidden", "deep/er/c.jpg", "other.txt"):
+    for name in ("b.png", "a.tif", ".hidden", ".git/index.png", "deep/er/c.jpg", "other.txt"):
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -58,6 +60,9 @@ def test_find_tiles(tmp_path: Path) -> None:
     assert [path.name for path in found] == expected
     with pytest.raises(UserError, match="nowhere: no such file"):
         find_tiles([single, tmp_path / "nowhere"])
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    with pytest.raises(UserError, match="pipe: no such file"):
+        find_tiles([tmp_path / "pipe"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no files"):
         find_tiles([tmp_path / "empty"])
@@ -98,6 +103,17 @@ def test_sixteen_bit_greys_are_scaled(tmp_path: Path) -> None:
         assert image.mode.startswith("I;16")
     difference = read_tile(path, 28).astype(int) - grey[..., None]
     assert np.abs(difference).max() <= 1
+
+
+def test_dark_sixteen_bit_greys_stay_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((28, 28), 200, np.uint16)).save(tmp_path / "dark.png")
+    assert read_tile(tmp_path / "dark.png", 28).max() == 0  # 200 of 65,535
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="not a number"):
+        read_tile(tmp_path / "nan.tif", 28)
 
 
 def test_transparent_pixels_are_white(tmp_path: Path) -> None:
@@ -268,3 +284,19 @@ def test_missing_tiles_and_a_bad_folder_are_said_in_one_line(
     ):
         status, _, err = cli(*argv, "--checkpoint", run_dir)
         assert status == 2 and said in only_line(err)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names")
+def test_names_that_are_not_utf8(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
+    tiles = tmp_path / "tiles"
+    save(tiles / "a.png", picture()).rename(os.fsdecode(bytes(tiles) + b"/\xff\xe9.png"))
+    status, out, _ = cli("--predict", tiles, "--checkpoint", run_dir, "--log-dir", tmp_path / "out")
+    assert status == 0 and r"\udcff\udce9.png" in out
+    assert read_csv(tmp_path / "out")[0]["file"].endswith(r"\udcff\udce9.png")
+
+
+def test_explain_with_a_long_name(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
+    tile, out = save(tmp_path / f"{'x' * 250}.png", picture()), tmp_path / "out"
+    status, _, _ = cli("--predict", tile, "--explain", "--checkpoint", run_dir, "--log-dir", out)
+    assert status == 0
+    assert [path.name for path in out.glob("*.png")] == [f"0000-{'x' * 100}.png"]
