@@ -463,7 +463,7 @@ def augmentation_figure(plain: np.ndarray, augmented: np.ndarray, note: str = ""
     """
     caption = (
         "Each pair: left as in the file, right as training may see it, with a patch of another "
-        "tile (CutMix). One patch serves a batch, here these eight; half of the batches get none."
+        "tile (CutMix). One patch serves a whole batch, and half of the batches get none."
     )
     return _tiles(3, _pairs(plain, augmented), None, ("Augmentation", note, caption))
 

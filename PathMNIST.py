@@ -449,7 +449,7 @@ def result_figures(
         heatmaps,
         labels[shown],
         test[shown],
-        f"{note}: the first five classified correctly and four incorrectly",
+        f"{note}: first five right and first four wrong",
     )
     return figures
 

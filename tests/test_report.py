@@ -76,8 +76,9 @@ def test_headline_is_the_mean_of_all_ten_runs(report: str) -> None:
     assert f"a second machine gave {mean}" in (ROOT / "README.md").read_text()
 
 
-def test_search_table_is_what_its_runs_say(report: str) -> None:
-    runs = (ROOT / "tests" / "benchmarks" / "search.jsonl").read_text().splitlines()
+@pytest.mark.parametrize("name", ["search", "search_small"])
+def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
+    runs = (ROOT / "tests" / "benchmarks" / f"{name}.jsonl").read_text().splitlines()
     variants: dict[str, dict[int, dict]] = {}
     for run in map(json.loads, runs):
         variants.setdefault(run["variant"], {})[run["fold"]] = run
