@@ -462,8 +462,8 @@ def augmentation_figure(plain: np.ndarray, augmented: np.ndarray, note: str = ""
     [0, 1], clipped for display.
     """
     caption = (
-        "Each pair: left as in the file, right as training may see it, with a patch of another "
-        "tile (CutMix). One patch serves a whole batch, and half of the batches get none."
+        "Each pair: left as in the file, right as training may see it. A patch of another tile is "
+        "CutMix's: one serves a whole batch, and not every batch gets one."
     )
     return _tiles(3, _pairs(plain, augmented), None, ("Augmentation", note, caption))
 

@@ -333,12 +333,7 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
     if not resuming:
         write_json(run_dir / "config.json", settings)
     epochs_done = load_checkpoint(run_dir / "last.pt")["epoch"] if resuming else 0
-    print(
-        f"{run_dir}: {config.model}, {count_parameters(model):,} parameters, "
-        f"{config.epochs} epochs of {len(train_loader)} batches of {config.batch_size}, "
-        f"{config.device} {config.precision}, seed {config.seed}"
-        + (f", resumed after epoch {epochs_done}" if resuming else "")
-    )
+    announce(run_dir, model, config, len(train_loader), epochs_done if resuming else None)
     purge = epochs_done + 1 if resuming else None
     with SummaryWriter(str(run_dir), purge_step=purge) as writer:
         if not resuming:
@@ -359,6 +354,18 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         if embeddings:
             log_embeddings(writer, model, data)
     return results
+
+
+def announce(
+    run_dir: Path, model: nn.Module, config: Config, batches: int, done: int | None
+) -> None:
+    """Print what is about to be trained; `done`: the epochs behind a run that is resumed."""
+    print(
+        f"{run_dir}: {config.model}, {count_parameters(model):,} parameters, "
+        f"{config.epochs} epochs of {batches} batches of {config.batch_size}, "
+        f"{config.device} {config.precision}, seed {config.seed}"
+        + (f", resumed after epoch {done}" if done is not None else "")
+    )
 
 
 def evaluate(
@@ -439,7 +446,8 @@ def result_figures(
         "confidence_test": Evaluation.confidence_figure(test, labels, note),
     }
     right = test.argmax(1) == labels
-    shown = np.concatenate([np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]])
+    first, wrong = np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]
+    shown = np.concatenate([first, wrong])
     inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
     heatmaps = Evaluation.grad_cam(model, inputs, explained_layer(model, data.size))
     table = layer_table(model, data.size)
@@ -449,7 +457,7 @@ def result_figures(
         heatmaps,
         labels[shown],
         test[shown],
-        f"{note}: first five right and first four wrong",
+        f"{note}: first {len(first)} right and first {len(wrong)} wrong",
     )
     return figures
 
@@ -556,9 +564,8 @@ def find_tiles(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file())
-            hidden = [any(part[0] == "." for part in p.relative_to(path).parts) for p in below]
-            files += [p for p, skip in zip(below, hidden, strict=True) if not skip]
+            below = [p for p in path.rglob("*") if p.is_file()]
+            files += sorted(p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}")
         elif path.is_file():
             files.append(path)
         else:
@@ -572,7 +579,7 @@ def read_tile(path: Path, size: int) -> np.ndarray:
     """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
 
     Transparent pixels become white, as an empty slide is; 16-bit greys are scaled to 8 bits.
-    Raises an exception of Pillow's when the file is not an image, or too large to be one.
+    Raises an exception, mostly Pillow's, when the file is no image, too large, or holds NaN.
     """
     from PIL import Image
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import signal
 import socket
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import only_line
 
 import analyze_data
 from analyze_data import CLASS_NAMES, SPLITS, PathData, UserError, load_data, main
@@ -483,6 +485,23 @@ def test_main_refuses_an_out_that_is_a_file(
     error = capsys.readouterr().err
     assert error.startswith(f"error: --out {path}: ") and error.count("\n") == 1
     assert load_data(path).counts == COUNTS
+
+
+def test_a_wrong_flag_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--bogus"])
+    assert stop.value.code == 2
+    assert "--bogus" in only_line(capsys.readouterr().err)
+
+
+def test_nobody_reads_the_description(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    path = save(tmp_path / "good.npz")
+    command = [sys.executable, "analyze_data.py", "--data", path, "--out", tmp_path]
+    process = subprocess.run(command, check=False, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

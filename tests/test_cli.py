@@ -487,7 +487,7 @@ def test_a_second_signal_ends_at_once(setting: kill_runs.Setting) -> None:
     assert kill_runs.checkpoint_epoch(run.run_dir) >= 1
 
 
-# ---- the ends of the world ----------------------------------------------------------------------
+# ---- odd folders, signals and pipes -------------------------------------------------------------
 
 
 def test_evaluate_refuses_images_of_another_size(
@@ -540,7 +540,7 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(script: str) -> None:
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
-def test_nobody_reads_the_output(run_dir: Path, tmp_path: Path) -> None:
+def test_nobody_reads_the_output_of_predict(run_dir: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [
@@ -568,3 +568,49 @@ def test_a_log_folder_that_is_a_file_is_not_called_a_full_disk(
         "--predict", tiles, "--checkpoint", run_dir, "--log-dir", tmp_path / "file"
     )
     assert status == 2 and "choose a folder" in only_line(err) and "space" not in err
+
+
+def test_the_command_to_resume_can_be_pasted(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "last.pt").touch()
+    with pytest.raises(Stopped) as caught, PathMNIST.say_how_to_resume(tmp_path / "a b"):
+        raise Stopped(signal.SIGINT)
+    assert caught.value.__notes__[0].endswith(f"--resume '{tmp_path / 'a b'}'")
+
+
+def test_confusion_is_logged_five_times_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PathMNIST.Evaluation, "confusion_figure", lambda _matrix, note: note)
+    logged = []
+    writer = SimpleNamespace(add_figure=lambda _tag, figure, epoch: logged.append((figure, epoch)))
+    for epoch in range(1, 124):
+        config = PathMNIST.Config(epochs=123)
+        PathMNIST.log_confusion(writer, config, "", epoch, np.eye(9), np.arange(9))
+    assert logged == [(f"val, epoch {epoch}", epoch) for epoch in (25, 50, 75, 100, 123)]
+
+
+def test_gradcam_figure_counts_what_it_shows(
+    trained: SimpleNamespace, data: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = []
+    monkeypatch.setattr(
+        PathMNIST.Evaluation, "gradcam_figure", lambda *args: notes.append(args[-1])
+    )
+    model, _ = PathMNIST.load_model(trained.run_dir, "cpu")
+    labels = data.labels["test"]
+    probs = np.eye(9)[labels]
+    probs[0] = np.roll(probs[0], 1)  # one mistake
+    metrics = dict.fromkeys(("val", "test"), compute_metrics(probs, labels))
+    config = PathMNIST.Config(device="cpu")
+    PathMNIST.result_figures(model, config, data, {"test": probs}, metrics, "SYNTHETIC")
+    assert notes == ["test SYNTHETIC: first 5 right and first 1 wrong"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names")
+def test_a_data_file_whose_name_is_not_utf8(
+    cli: Callable, tiny: Path, tmp_path: Path, no_figures: None
+) -> None:
+    odd = shutil.copy(tiny, os.fsdecode(bytes(tmp_path) + b"/\xff.npz"))
+    argv = ["--data", odd, *TRAINING, "--epochs", "1", "--log-dir", tmp_path, "--name", "run"]
+    status, out, _ = cli(*argv)
+    assert status == 0 and r"\udcff.npz" in out
+    assert read_metrics(tmp_path / "run")["dataset"]["path"] == odd

@@ -106,8 +106,8 @@ def test_sixteen_bit_greys_are_scaled(tmp_path: Path) -> None:
 
 
 def test_dark_sixteen_bit_greys_stay_dark(tmp_path: Path) -> None:
-    Image.fromarray(np.full((28, 28), 200, np.uint16)).save(tmp_path / "dark.png")
-    assert read_tile(tmp_path / "dark.png", 28).max() == 0  # 200 of 65,535
+    Image.fromarray(np.full((28, 28), 200, np.uint16)).save(tmp_path / "dark.tif")
+    assert read_tile(tmp_path / "dark.tif", 28).max() == 0  # 200 of 65,535
 
 
 def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

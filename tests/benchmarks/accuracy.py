@@ -308,7 +308,7 @@ def curve_figure(results: dict[str, dict], full: int):
         axes.minorticks_off()
         axes.set_xlabel("training images (logarithmic)")
         axes.set_ylabel("accuracy")
-        axes.set_title("Learning curve of the default recipe: mean and s.d. over 3 to 5 seeds")
+        axes.set_title("Learning curve of the default recipe: mean and s.d. over the seeds")
         axes.legend()
         return figure
 
