@@ -112,7 +112,11 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--data", help="npz file, or folder with pathmnist.npz (default: found or downloaded)")
+    add(
+        "--data",
+        help="npz file, or folder with pathmnist.npz (default: found or downloaded; for --resume "
+        "and --evaluate the run's)",
+    )
     add("--model", choices=MODELS, help=f"default: {default.model}")
     add("--epochs", type=number(int, 1, 100_000), help="default: from a budget of steps")
     add(
@@ -129,15 +133,24 @@ def build_parser() -> Parser:
     add(
         "--patience",
         type=number(int, 1, 100_000),
-        help="epochs without a val loss near the lowest before stopping (default: a third, or 5)",
+        help="epochs without a val loss near the lowest before stopping (default: a third of the "
+        "epochs, 5 or more)",
     )
     seeds = parser.add_mutually_exclusive_group()
     seed = number(int, 0, 2**31 - 1)
     seeds.add_argument("--seed", type=seed, help=f"default: {default.seed}")
     seeds.add_argument("--seeds", type=seed, nargs="+", help="one run per seed, and their ensemble")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="default: auto; for --resume the run's",
+    )
     add("--precision", choices=["auto", "fp32", "bf16"], help="default: auto (bf16 where fast)")
-    add("--log-dir", type=Path, help="folder of all runs (default: runs), or of predictions")
+    add(
+        "--log-dir",
+        type=Path,
+        help="folder of all runs (default: runs), or of predictions (predictions)",
+    )
     add("--name", type=run_name, help="the run's folder (default: model, seed and time)")
     add("--embeddings", action="store_true", help="add val tiles to TensorBoard's projector")
     mode = parser.add_mutually_exclusive_group()
@@ -875,7 +888,7 @@ def no_traceback_of_full_disks(args: threading.ExceptHookArgs) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status (0; 2 bad input; 130, 143 stopped)."""
+    """Run the command line; return the exit status (0; 2 bad input; 130, 143 stopped; 141 pipe)."""
     args = vars(build_parser().parse_args(argv))
     Stopped.install()
     threading.excepthook = no_traceback_of_full_disks

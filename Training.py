@@ -41,7 +41,7 @@ STEPS, MIN_EPOCHS, MAX_EPOCHS = 1600, 10, 200
 CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_loss_se"]
 CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
 
-# Haematoxylin, eosin and residual in optical density (Ruifrok & Johnston 2001, unit rows).
+# Haematoxylin, eosin and, for what is neither, DAB in optical density (Ruifrok & Johnston 2001).
 HED = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 
 
@@ -117,8 +117,8 @@ def resolve(config: Config, n_train: int) -> Config:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    # The schedule needs its whole length to anneal, so by default only a run whose validation
-    # loss has not improved for a third of its epochs is cut short.
+    # The schedule needs its whole length to anneal, so by default only a run whose validation loss
+    # has not come near its lowest (see `best_epoch`) for a third of its epochs is cut short.
     patience = config.patience or max(5, math.ceil(epochs / 3))
     return replace(config, epochs=epochs, patience=patience, device=device, precision=precision)
 
@@ -183,9 +183,8 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
     """Flip, turn by quarters and shift every image by up to `shift` px, all in one gather.
 
-    Tissue has no "up", so the eight flips and turns are equally likely (Kather et al. 2019 do
-    the same). Shifts are whole pixels, reflected at the border: nothing is interpolated.
-    Images are uint8 (N, S, S, 3) and stay so.
+    Tissue has no "up", so the eight flips and turns are equally likely. Shifts are whole pixels,
+    reflected at the border: nothing is interpolated. Images are uint8 (N, S, S, 3) and stay so.
     """
     n, size = images.shape[:2]
 
@@ -223,8 +222,9 @@ def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Te
 def gain_and_offset(images: Tensor, generator: torch.Generator, width: float) -> Tensor:
     """Multiply every channel by 1 +- width and add +- width, on nine images of ten.
 
-    Uniform per image and channel: what another camera and lamp do. Form and share from arXiv
-    2409.11546, which found them to carry across the two centres of NCT-CRC-HE.
+    Uniform per image and channel: what another camera and lamp do. The share is that of arXiv
+    2409.11546, which adds before it multiplies, at twice this width, and found both to carry across
+    the two centres of NCT-CRC-HE.
     """
     n = len(images)
     on = uniform(generator, 0, 1, n, 1, 1, 1) < 0.9
