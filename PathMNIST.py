@@ -145,7 +145,11 @@ def build_parser() -> Parser:
         choices=["auto", "cpu", "cuda", "mps"],
         help="default: auto; for --resume the run's",
     )
-    add("--precision", choices=["auto", "fp32", "bf16"], help="default: auto (bf16 where fast)")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "rounded"],
+        help="default: auto (bf16 where fast, elsewhere fp32 rounded to bf16 after each layer)",
+    )
     add(
         "--log-dir",
         type=Path,

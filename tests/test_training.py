@@ -430,11 +430,44 @@ def test_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=f"--device {device}"):
             resolve(Config(device=device), 800)
     monkeypatch.setattr(Training, "has_bf16", lambda device: False)
-    assert resolve(Config(), 800).precision == "fp32"
+    assert resolve(Config(), 800).precision == "rounded"
+    assert resolve(Config(precision="fp32"), 800).precision == "fp32"
     assert resolve(Config(precision="bf16"), 800).precision == "bf16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve(Config(), 800).device == "cuda"
     assert resolve(Config(device="cpu"), 800).device == "cpu"
+
+
+def test_rounding_is_that_of_bf16_in_both_directions() -> None:
+    output = torch.randn(100, requires_grad=True)
+    gradient = torch.randn(100)
+    rounded = Training.round_to_bf16(nn.Linear(1, 1), (), output)
+    rounded.backward(gradient)
+    assert torch.equal(rounded, output.bfloat16().float())
+    assert torch.equal(output.grad, gradient.bfloat16().float())
+    assert Training.round_to_bf16(nn.ReLU(), (), output) is output
+
+
+@pytest.mark.parametrize("precision", ["rounded", "fp32"])
+def test_layers_are_rounded_within_a_step_only(precision: str) -> None:
+    model = SkipCNN().to(memory_format=torch.channels_last)
+    seen = {}
+    for name in ("stem.0", "stage2.norm1", "head.4"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda *args, name=name: seen.update({name: args[2]}))
+
+    def exact() -> list[bool]:
+        return [not torch.equal(x, x.bfloat16().float()) for x in seen.values()]
+
+    images = torch.randint(0, 256, (16, 28, 28, 3), dtype=torch.uint8)
+    config = replace(CONFIG, precision=precision)
+    optimizers = Training.make_optimizers(model, config)
+    labels = torch.arange(16) % 9
+    Training.train_step(model, optimizers, images, labels, torch.Generator(), config)
+    assert exact() == [precision == "fp32"] * 3
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model(to_float(images))
+    assert exact() == [True] * 3
 
 
 # ---- files and signals --------------------------------------------------------------------------
