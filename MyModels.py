@@ -5,7 +5,7 @@ python MyModels.py --model resnet18 --size 64
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,22 @@ class ResNet18(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
         return self.net(self.normalize(images))
+
+
+class Ensemble(nn.Module):
+    """Several models as one, whose probabilities are the mean of theirs.
+
+    Same input as its members. Returns the logarithm of the mean probability (N, 9), up to a
+    constant: its softmax is the mean.
+    """
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
+        return torch.stack([m(images).log_softmax(1) for m in self.members]).logsumexp(0)
 
 
 MODELS = {"skipcnn": SkipCNN, "resnet18": ResNet18}

@@ -57,7 +57,7 @@ from analyze_data import (
     load_data,
     tolerate_odd_names,
 )
-from MyModels import MODELS, count_parameters, layer_markdown, layer_table
+from MyModels import MODELS, Ensemble, count_parameters, layer_markdown, layer_table
 from Training import (
     Config,
     Stopped,
@@ -161,7 +161,12 @@ def build_parser() -> Parser:
     mode.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     mode.add_argument("--evaluate", type=Path, metavar="RUN", help="evaluate a finished run")
     mode.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="classify images")
-    add("--checkpoint", type=Path, metavar="RUN", help="for --predict (default: runs/best)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="for --predict (default: runs/best); of a run of several seeds, their ensemble",
+    )
     add("--explain", action="store_true", help="for --predict: save each tile and its Grad-CAM")
     return parser
 
@@ -232,11 +237,15 @@ def figure_note(data: PathData) -> str:
 
 
 def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
-    """Return a finished run's best model, in evaluation mode, and its checkpoint."""
+    """Return a finished run's best model, in evaluation mode, and its checkpoint.
+
+    Of a folder with one run per seed, their ensemble and the first one's checkpoint.
+    """
     path = run_dir / "best.pt" if run_dir.is_dir() else run_dir
     seeds = sorted(run_dir.glob("seed*/best.pt"))
     if seeds and not path.exists():
-        raise UserError(f"{run_dir}: holds one run per seed; give one of them, {seeds[0].parent}")
+        models, checkpoints = zip(*(load_model(seed, device) for seed in seeds), strict=True)
+        return Ensemble(models).eval(), checkpoints[0]
     checkpoint = load_checkpoint(path, device)
     name = checkpoint["config"].get("model")
     if name not in MODELS:
@@ -437,6 +446,8 @@ def evaluate(
 
 def explained_layer(model: nn.Module, size: int) -> nn.Module:
     """Return the layer for Grad-CAM: the last that still has 7 x 7 positions or more."""
+    if isinstance(model, Ensemble):  # its answer, explained by where its first member looks
+        model = model.members[0]
     stages = model.net if hasattr(model, "net") else model
     early, late = ("layer3", "layer4") if hasattr(model, "net") else ("stage2", "stage3")
     return getattr(stages, early if size < 56 else late)
@@ -646,6 +657,8 @@ def classify(
     layer = explained_layer(model, size)
     files, skipped, rows = find_tiles(paths), [], []
     out_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Ensemble):
+        print(f"{run_dir}: an ensemble of {len(model.members)} models")
     if checkpoint["identity"].get("kind") == "synthetic":
         print(
             "This model was trained on SYNTHETIC data: its answers mean nothing.", file=sys.stderr
@@ -713,14 +726,18 @@ def new_runs(args: dict) -> dict:
     return train_seeds(data, config, seeds, run_dir, "embeddings" in args)
 
 
+def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
+    """Return each seed's folder: the run's own, or one of its folders where it has several."""
+    return [run_dir / f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [run_dir]
+
+
 def train_seeds(
     data: PathData, config: Config, seeds: Sequence[int], run_dir: Path, embeddings: bool
 ) -> dict:
     """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own."""
     runs = []
     with say_how_to_resume(run_dir):
-        for seed in seeds:
-            seed_dir = run_dir / f"seed{seed}" if len(seeds) > 1 else run_dir
+        for seed, seed_dir in zip(seeds, seed_dirs(run_dir, seeds), strict=True):
             shared(lambda seed_dir=seed_dir: seed_dir.mkdir(exist_ok=True))
             runs.append(train(data, replace(config, seed=seed), seed_dir, embeddings))
             summarise(runs[-1], seed_dir, run_dir.parent)
@@ -761,7 +778,7 @@ def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
 
 
 def evaluate_run(args: dict) -> dict:
-    """Evaluate a finished run again, on its own data or, into a folder of its own, on other."""
+    """Evaluate a finished run, or its runs of several seeds, again on their own or other data."""
     run_dir = args["evaluate"]
     settings = read_run(run_dir)
     if args.get("model", settings["config"].model) != settings["config"].model:
@@ -773,6 +790,27 @@ def evaluate_run(args: dict) -> dict:
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
         data.counts["train"],
     )
+    seeds = settings.get("seeds") or [config.seed]
+    folders = seed_dirs(run_dir, seeds)
+    models = [load_finished(folder, config, data) for folder in folders]
+    below = "."
+    if data.md5 != settings["dataset"]["md5"]:
+        below = f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
+        print(f"Not the data that {run_dir} was trained on: results go to {run_dir / below}.")
+    runs = []
+    for seed, folder, model in zip(seeds, folders, models, strict=True):
+        out_dir = folder / below
+        out_dir.mkdir(exist_ok=True)
+        runs.append(evaluate(model, config, data, out_dir, how_trained(folder, seed)))
+        summarise(runs[-1], out_dir, run_dir.parent)
+    if len(runs) == 1:
+        return runs[0]
+    (run_dir / below).mkdir(exist_ok=True)
+    return summarise_seeds(runs, data, run_dir / below)
+
+
+def load_finished(run_dir: Path, config: Config, data: PathData) -> nn.Module:
+    """Return a finished run's best model; refuse one that is not the run's or not for the data."""
     model, checkpoint = load_model(run_dir, config.device)
     if checkpoint["config"]["model"] != config.model:
         raise UserError(
@@ -782,20 +820,17 @@ def evaluate_run(args: dict) -> dict:
     size = checkpoint["identity"].get("size", data.size)
     if size != data.size:
         raise UserError(f"{data.path}: images of {data.size} px, but {run_dir} knows {size} px")
-    out_dir = run_dir
-    if data.md5 != settings["dataset"]["md5"]:
-        out_dir = run_dir / f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
-        out_dir.mkdir(exist_ok=True)
-        print(f"Not the data that {run_dir} was trained on: results go to {out_dir}.")
+    return model
+
+
+def how_trained(run_dir: Path, seed: int) -> dict:
+    """Return what a run's metrics.json says about its training, or, without one, its seed."""
     try:
         old = json.loads((run_dir / "metrics.json").read_text())
         keys = ("seed", "best_epoch", "epochs", "train_seconds", "images_per_second")
-        training = {key: old[key] for key in keys}
+        return {key: old[key] for key in keys}
     except (OSError, ValueError, KeyError, TypeError):
-        training = {"seed": config.seed}
-    results = evaluate(model, config, data, out_dir, training)
-    summarise(results, out_dir, run_dir.parent)
-    return results
+        return {"seed": seed}
 
 
 def refuse(args: dict, names: Sequence[str], mode: str) -> None:
@@ -820,7 +855,7 @@ def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> dict
             "std": {name: float(np.std(v, ddof=1)) for name, v in values.items()},
             "ensemble": Evaluation.compute_metrics(ensemble, data.labels[key.split("_")[0]]),
         }
-    summary["train_seconds"] = [run["train_seconds"] for run in runs]
+    summary["train_seconds"] = [run.get("train_seconds") for run in runs]
     write_json(run_dir / "summary.json", summary)
     print(f"\n{len(runs)} seeds, mean accuracy (standard deviation), and their ensemble:")
     for key in keys:

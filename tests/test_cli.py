@@ -164,6 +164,22 @@ def test_several_seeds_and_their_ensemble(
         assert summary["test"]["ensemble"][name] == pytest.approx(expected[name], rel=1e-5)
     assert f"ensemble {expected['accuracy']:.4f}" in out
 
+    path, other = tmp_path / "both" / "summary.json", tmp_path / "other.npz"
+    before = path.read_bytes()
+    path.unlink()
+    assert cli("--evaluate", tmp_path / "both", "--device", "cpu")[0] == 0
+    assert path.read_bytes() == before
+    np.savez(other, **make_arrays(COUNTS, seed=1))
+    status, out, _ = cli("--evaluate", tmp_path / "both", "--device", "cpu", "--data", other)
+    (new,) = (tmp_path / "both").glob("evaluated-on-other-*/summary.json")
+    assert status == 0 and out.count("Not the data") == 1
+    assert len(list((tmp_path / "both").glob("seed*/evaluated-on-other-*/metrics.json"))) == 2
+    assert json.loads(new.read_text())["test"] != summary["test"]
+    assert path.read_bytes() == before
+    (runs[1] / "best.pt").unlink()
+    status, _, err = cli("--evaluate", tmp_path / "both", "--device", "cpu")
+    assert status == 2 and "no such checkpoint" in only_line(err)
+
 
 def test_several_seeds_are_resumed_where_they_stopped(
     cli: Callable, no_figures: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -515,14 +531,6 @@ def test_evaluate_where_metrics_json_is_of_no_use(
     (run_dir / "metrics.json").write_text("[]")
     status, _, _ = cli("--evaluate", run_dir, "--device", "cpu")
     assert status == 0 and read_metrics(run_dir)["seed"] == 0
-
-
-def test_a_folder_of_several_seeds_names_one_of_them(
-    cli: Callable, run_dir: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(run_dir, tmp_path / "several" / "seed3")
-    status, _, err = cli("--predict", run_dir, "--checkpoint", tmp_path / "several")
-    assert status == 2 and only_line(err).endswith(f"one of them, {tmp_path / 'several' / 'seed3'}")
 
 
 @pytest.mark.parametrize("script", ["PathMNIST.py", "analyze_data.py"])

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED, make_arrays, only_line
 from PIL import Image
 
@@ -246,9 +248,28 @@ def test_explain_writes_a_picture_of_every_tile(
             assert min(image.size) > 200
 
 
-def test_the_models_own_size_is_used(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
-    import torch
+def test_a_run_of_several_seeds_answers_as_their_ensemble(
+    cli: Callable, run_dir: Path, tmp_path: Path
+) -> None:
+    tiles = [save(tmp_path / f"{i}.png", picture()) for i in range(2)]
+    for seed in (0, 1):
+        shutil.copytree(run_dir, tmp_path / "runs" / f"seed{seed}")
+    second = tmp_path / "runs" / "seed1" / "best.pt"
+    checkpoint = torch.load(second, weights_only=True)
+    checkpoint["model"]["head.4.bias"] += torch.arange(9.0)
+    torch.save(checkpoint, second)
+    answers = []
+    for run in ("runs/seed0", "runs/seed1", "runs"):
+        argv = ["--checkpoint", tmp_path / run, "--log-dir", tmp_path / "out", "--explain"]
+        status, out, _ = cli("--predict", *tiles, *argv)
+        assert status == 0 and ("ensemble of 2" in out) == (run == "runs")
+        answers.append([probabilities(row) for row in read_csv(tmp_path / "out")])
+    first, other, both = np.array(answers)
+    assert np.abs(first - other).max() > 0.01
+    assert both == pytest.approx((first + other) / 2, abs=1e-5)
 
+
+def test_the_models_own_size_is_used(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(run_dir / "best.pt", weights_only=True)
     checkpoint["identity"]["size"] = 64
     torch.save(checkpoint, run_dir / "best.pt")
