@@ -298,9 +298,13 @@ def _verdict(probs: np.ndarray, label: int | None) -> tuple[str, str]:
 
 def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Join two stacks of images (N, S, S, 3), uint8 or float, side by side as floats in [0, 1]."""
-    stacks = [images / 255 if images.dtype == np.uint8 else images for images in (left, right)]
     gap = np.ones((len(left), left.shape[1], max(1, left.shape[1] // 28), 3))
-    return np.concatenate([stacks[0], gap, stacks[1]], axis=2).clip(0, 1)
+    return np.concatenate([_unit(left), gap, _unit(right)], axis=2).clip(0, 1)
+
+
+def _unit(images: np.ndarray) -> np.ndarray:
+    """Return images, uint8 or float in [0, 1], as floats in [0, 1]."""
+    return images / 255 if images.dtype == np.uint8 else images
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -383,18 +387,22 @@ def examples_figure(
     seed: int = 0,
     note: str = "",
 ) -> "Figure":
-    """Draw at most `n` correctly (or incorrectly) classified images, chosen by `seed`.
+    """Draw at most `n` correctly (or incorrectly) classified images, drawn with `seed`.
+
+    One of each true class comes first, as far as there are any, then the others.
 
     `images` uint8 (N, S, S, 3), `labels` (N,), `probs` (N, 9).
     """
     candidates = np.flatnonzero((probs.argmax(axis=1) == labels) == correct)
-    chosen = np.random.default_rng(seed).permutation(candidates)[:n]
+    drawn = np.random.default_rng(seed).permutation(candidates)
+    _, firsts = np.unique(labels[drawn], return_index=True)
+    chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:n]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     kind = "Correctly" if correct else "Incorrectly"
     caption = (
         f"{kind} classified: {len(candidates):,} of {len(labels):,} images. "
-        f"Shown: {len(chosen)}, drawn at random (seed {seed}), by true class; the percentage is "
-        f"the probability of the predicted class.\n{CODES}"
+        f"Shown: {len(chosen)}, drawn at random (seed {seed}), one of each true class first; the "
+        f"percentage is the probability of the predicted class.\n{CODES}"
     )
     titles = [_verdict(probs[index], labels[index]) for index in chosen]
     text = (f"{kind} classified images", note, caption)
@@ -483,7 +491,7 @@ def gradcam_figure(
     """
     from matplotlib import colormaps
 
-    grey = _pairs(images, images)[:, :, : images.shape[2]].mean(axis=3, keepdims=True)
+    grey = _unit(images).mean(axis=3, keepdims=True)
     overlay = 0.5 * grey + 0.5 * colormaps["viridis"](heatmaps)[..., :3]
     caption = (
         "Yellow: what spoke most for the predicted class, violet: what did not. Percentage: "
@@ -554,8 +562,10 @@ def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[t
 
 
 def _layer_names(rows: Sequence[tuple]) -> str:
-    """Return the layers' types and kernels as one text, or how many they are."""
-    names = [f"{row[1].replace('2d', '')} {row[2]}".strip() for row in rows if row[1] != "Flatten"]
+    """Return the layers' types and kernels (or units) as one text, or how many they are."""
+    sizes = [row[3] if row[1] == "Linear" else row[2] for row in rows]
+    named = [(row[1].replace("2d", ""), size) for row, size in zip(rows, sizes, strict=True)]
+    names = [f"{kind} {size}".strip() for kind, size in named if kind != "Flatten"]
     return ", ".join(names) if len(names) < 9 else f"{len(names)} layers"
 
 

@@ -4,12 +4,14 @@ python MyModels.py                  # layer table of the default model
 python MyModels.py --model resnet18 --size 64
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
+
+from analyze_data import Parser
 
 NUM_CLASSES = 9
 
@@ -29,7 +31,8 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        std = torch.tensor(std, dtype=torch.float32).clamp_min(1 / 255)  # of a constant channel: 0
+        self.register_buffer("std", std.view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images (N, 3, S, S) in units of the data's standard deviation."""
@@ -182,7 +185,7 @@ def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, s
     """
     rows = []
 
-    def record(name: str, module: nn.Module, output: Tensor) -> None:
+    def record(name: str, module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         kernel = getattr(module, "kernel_size", ())
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         shape = " x ".join(str(n) for n in output.shape[1:])
@@ -190,10 +193,7 @@ def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, s
         rows.append((*row, count_parameters(module)))
 
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    hooks = [
-        leaf.register_forward_hook(lambda leaf, _, output, name=name: record(name, leaf, output))
-        for name, leaf in leaves
-    ]
+    hooks = [leaf.register_forward_hook(partial(record, name)) for name, leaf in leaves]
     was_training = model.training
     device = next(model.parameters()).device
     try:
@@ -217,10 +217,10 @@ def layer_markdown(model: nn.Module, size: int = 28) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print a model's layer table as Markdown.")
+    parser = Parser(description="Print a model's layer table as Markdown.")
     parser.add_argument("--model", choices=MODELS, default="skipcnn", help="default: %(default)s")
     parser.add_argument("--size", type=int, default=28, help="image size in px (default: 28)")
     args = parser.parse_args()
-    if args.size < 8:
-        parser.error("--size: 8 px or more")
+    if not 8 <= args.size <= 1024:
+        parser.error("--size: 8 to 1024 px")
     print(layer_markdown(MODELS[args.model](), args.size))

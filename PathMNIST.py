@@ -48,6 +48,7 @@ import Evaluation
 from analyze_data import (
     CLASS_NAMES,
     SHORT_NAMES,
+    SIZES,
     Parser,
     PathData,
     UserError,
@@ -97,8 +98,8 @@ def number(kind: type, low: float, high: float):
 
 
 def run_name(text: str) -> str:
-    """Argparse type: a plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", text):
+    """Argparse type: a plain folder name, short enough for the files that are named after it."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name of letters, digits, ._+-")
     return text
 
@@ -242,17 +243,28 @@ def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
     Of a folder with one run per seed, their ensemble and the first one's checkpoint.
     """
     path = run_dir / "best.pt" if run_dir.is_dir() else run_dir
-    seeds = sorted(run_dir.glob("seed*/best.pt"))
-    if seeds and not path.exists():
-        models, checkpoints = zip(*(load_model(seed, device) for seed in seeds), strict=True)
-        return Ensemble(models).eval(), checkpoints[0]
+    if any(run_dir.glob("seed*")) and not path.exists():
+        return load_ensemble(run_dir, device)
     checkpoint = load_checkpoint(path, device)
-    name = checkpoint["config"].get("model")
-    if name not in MODELS:
+    name, size = checkpoint["config"].get("model"), checkpoint["identity"].get("size", 28)
+    if name not in list(MODELS):
         raise UserError(f"{path}: holds an unknown model {name!r}; known: {', '.join(MODELS)}")
+    if size not in SIZES:
+        raise UserError(f"{path}: made for images of {size!r} px; known: {SIZES}")
     model = MODELS[name]()
     load_weights(model, checkpoint, "model", path)
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def load_ensemble(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
+    """Return the models of a run of several seeds as one, and the first seed's checkpoint."""
+    folders = finished_seeds(run_dir, read_run(run_dir)["seeds"])
+    loaded = [load_model(folder / "best.pt", device) for folder in folders]
+    models, checkpoints = zip(*loaded, strict=True)
+    kinds = [(checkpoint["config"]["model"], checkpoint["identity"]) for checkpoint in checkpoints]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError(f"{run_dir}: its seeds are not of one model and one data set; train anew")
+    return Ensemble(models).eval(), checkpoints[0]
 
 
 # ------------------------------------------------------------------------------ run folders
@@ -280,7 +292,7 @@ def make_run_dir(log_dir: Path, name: str, unique: bool = True) -> Path:
 
 
 def lock(run_dir: Path) -> io.IOBase:
-    """Keep a second process out of a run's folder for as long as this one lives."""
+    """Keep a second process out of a run's folder until the returned file is closed."""
     file = open(run_dir / ".lock", "w")  # noqa: SIM115 (stays open, the system closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,8 +308,14 @@ def say_how_to_resume(run_dir: Path) -> Iterator[None]:
         yield
     except Stopped as stop:
         if world()[0] == 0 and any(run_dir.rglob("last.pt")):
-            stop.add_note(f"go on with: python PathMNIST.py --resume {shlex.quote(str(run_dir))}")
+            stop.add_note(f"go on with: {resume_command(run_dir, world()[1])}")
         raise
+
+
+def resume_command(run_dir: Path, processes: int) -> str:
+    """Return what to type to continue a run."""
+    start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
+    return f"{start} PathMNIST.py --resume {shlex.quote(str(run_dir))}"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -305,24 +323,43 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def run_settings(data: PathData, config: Config) -> dict:
+    """Return config.json's content."""
+    return {
+        "config": asdict(config),
+        "dataset": dataset_card(data),
+        "processes": world()[1],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+
+
 def read_run(run_dir: Path) -> dict:
-    """Return a run's config.json."""
+    """Return a run's config.json, "config" as a `Config` and "seeds" always there."""
     path = run_dir / "config.json"
     try:
         settings = json.loads(path.read_text())
-        config = {field.name: settings["config"][field.name] for field in fields(Config)}
-        if not all(isinstance(config[field.name], field.type) for field in fields(Config)):
-            raise TypeError("a value of another type")
-        if config["model"] not in MODELS:
-            raise ValueError("an unknown model")
-        if not all(isinstance(seed, int) for seed in settings.get("seeds", [])):
-            raise TypeError("a seed of another type")
-        settings["config"] = Config(**config)
-        settings["dataset"]["md5"], settings["dataset"]["path"]
+        config = Config(**{field.name: settings["config"][field.name] for field in fields(Config)})
+        seeds = settings.setdefault("seeds", [config.seed])
+        texts = [settings["dataset"][key] for key in ("md5", "path")]
+        if not (
+            all(isinstance(getattr(config, field.name), field.type) for field in fields(Config))
+            and min(config.epochs, config.batch_size, config.patience) >= 1
+            and config.model in MODELS
+            and config.device in ("cpu", "cuda", "mps")
+            and config.precision in ("fp32", "bf16", "rounded")
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(seeds, list)
+            and all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in seeds)
+            and len(set(seeds)) == len(seeds) >= 1
+            and isinstance(settings.setdefault("processes", 1), int)
+        ):
+            raise ValueError("a value that no run has")
+        settings["config"] = config
         return settings
     except OSError as error:
-        raise UserError(f"{run_dir}: not the folder of a run (no config.json)") from error
-    except (ValueError, KeyError, TypeError) as error:
+        why = f"config.json: {error.strerror}"
+        raise UserError(f"{run_dir}: not the folder of a run ({why})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, or of another version; train anew") from error
 
 
@@ -347,22 +384,18 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         fit(model, train_loader, val_loader, config, run_dir)
         return {}
 
-    _guard = lock(run_dir)
+    _guard = lock(run_dir)  # held for as long as this name lives
     for stale in run_dir.glob(".*.tmp"):  # of a process that was killed while writing
         stale.unlink()
-    resuming = (run_dir / "last.pt").exists()
-    settings = {
-        "config": asdict(config),
-        "dataset": dataset_card(data),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-    }
-    if not resuming:
+    last = run_dir / "last.pt"
+    epochs_done = load_checkpoint(last)["epoch"] if last.exists() else None  # None: a new run
+    settings = run_settings(data, config)
+    if epochs_done is None:
         write_json(run_dir / "config.json", settings)
-    epochs_done = load_checkpoint(run_dir / "last.pt")["epoch"] if resuming else 0
-    announce(run_dir, model, config, len(train_loader), epochs_done if resuming else None)
-    purge = epochs_done + 1 if resuming else None
+    announce(run_dir, model, config, len(train_loader), epochs_done)
+    purge = None if epochs_done is None else epochs_done + 1
     with SummaryWriter(str(run_dir), purge_step=purge) as writer:
-        if not resuming:
+        if epochs_done is None:
             log_start(writer, model, data, config, settings)
         identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
         log_epoch = partial(log_confusion, writer, config, figure_note(data))
@@ -676,7 +709,7 @@ def classify(
                     figure = Evaluation.gradcam_figure(
                         tile[None].numpy(), heatmap[None], None, p[None]
                     )
-                    figure.savefig(out_dir / f"{number:04d}-{name.stem[:100]}.png")
+                    figure.savefig(out_dir / f"{number:04d}-{name.stem[:50]}.png")
             bar.update(len(names))
     write_predictions(rows, out_dir / "predictions.csv")
     if skipped:
@@ -709,21 +742,21 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
 # ------------------------------------------------------------------------------ modes
 
 
-def new_runs(args: dict) -> dict:
-    """Train one run, or with `--seeds` one per seed; return the (last) run's results."""
+def new_runs(args: dict) -> None:
+    """Train one run, or with `--seeds` one per seed."""
     names = {field.name for field in fields(Config)}
     options = {key: value for key, value in args.items() if key in names}
     data = load_data(shared(lambda: find_data(args.get("data"))))
     seeds = list(dict.fromkeys(args.get("seeds", [args.get("seed", Config.seed)])))
     log_dir = args.get("log_dir", Path("runs"))
     config = resolve(Config(**options), max(1, data.counts["train"] // world()[1]))
-    name = f"{config.model}-seed{'-'.join(map(str, seeds))}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = "-".join(map(str, seeds))[:50]
+    name = f"{config.model}-seed{names}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = args.get("name", f"synthetic-{name}" if data.kind == "synthetic" else name)
     run_dir = shared(lambda: make_run_dir(log_dir, name, unique="name" in args))
     if len(seeds) > 1 and world()[0] == 0:
-        settings = {"config": asdict(config), "dataset": dataset_card(data), "seeds": seeds}
-        write_json(run_dir / "config.json", settings)
-    return train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+        write_json(run_dir / "config.json", {**run_settings(data, config), "seeds": seeds})
+    train_seeds(data, config, seeds, run_dir, "embeddings" in args)
 
 
 def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
@@ -731,9 +764,16 @@ def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
     return [run_dir / f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [run_dir]
 
 
+def finished_seeds(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
+    """Return the same; refuse a run of several seeds that was stopped before its end."""
+    if len(seeds) > 1 and not (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir}: not all of its seeds are trained; --resume it first")
+    return seed_dirs(run_dir, seeds)
+
+
 def train_seeds(
     data: PathData, config: Config, seeds: Sequence[int], run_dir: Path, embeddings: bool
-) -> dict:
+) -> None:
     """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own."""
     runs = []
     with say_how_to_resume(run_dir):
@@ -741,10 +781,11 @@ def train_seeds(
             shared(lambda seed_dir=seed_dir: seed_dir.mkdir(exist_ok=True))
             runs.append(train(data, replace(config, seed=seed), seed_dir, embeddings))
             summarise(runs[-1], seed_dir, run_dir.parent)
-    return summarise_seeds(runs, data, run_dir) if len(runs) > 1 else runs[0]
+    if len(runs) > 1:
+        summarise_seeds(runs, data, run_dir)
 
 
-def resume_run(args: dict) -> dict:
+def resume_run(args: dict) -> None:
     """Continue an interrupted run with its own options and data."""
     run_dir = args["resume"]
     settings = read_run(run_dir)
@@ -761,12 +802,15 @@ def resume_run(args: dict) -> dict:
         raise UserError(
             f"{data.path}: not the file that {run_dir} was trained on; give that --data"
         )
-    seeds = settings.get("seeds") or [config.seed]
+    seeds = settings["seeds"]
     if len(seeds) == 1 and not (run_dir / "last.pt").exists():
         raise UserError(f"{run_dir}: no last.pt to resume from; start a new run")
+    if settings["processes"] != world()[1]:
+        command = resume_command(run_dir, settings["processes"])
+        raise UserError(f"{run_dir}: started with another number of processes; use {command}")
     config = replace(config, device=args.get("device", config.device))
     config = resolve(config, data.counts["train"])
-    return train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+    train_seeds(data, config, seeds, run_dir, "embeddings" in args)
 
 
 def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
@@ -777,7 +821,7 @@ def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
     return load_data(find_data(path))
 
 
-def evaluate_run(args: dict) -> dict:
+def evaluate_run(args: dict) -> None:
     """Evaluate a finished run, or its runs of several seeds, again on their own or other data."""
     run_dir = args["evaluate"]
     settings = read_run(run_dir)
@@ -790,8 +834,8 @@ def evaluate_run(args: dict) -> dict:
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
         data.counts["train"],
     )
-    seeds = settings.get("seeds") or [config.seed]
-    folders = seed_dirs(run_dir, seeds)
+    seeds = settings["seeds"]
+    folders = finished_seeds(run_dir, seeds)
     models = [load_finished(folder, config, data) for folder in folders]
     below = "."
     if data.md5 != settings["dataset"]["md5"]:
@@ -803,15 +847,14 @@ def evaluate_run(args: dict) -> dict:
         out_dir.mkdir(exist_ok=True)
         runs.append(evaluate(model, config, data, out_dir, how_trained(folder, seed)))
         summarise(runs[-1], out_dir, run_dir.parent)
-    if len(runs) == 1:
-        return runs[0]
-    (run_dir / below).mkdir(exist_ok=True)
-    return summarise_seeds(runs, data, run_dir / below)
+    if len(runs) > 1:
+        (run_dir / below).mkdir(exist_ok=True)
+        summarise_seeds(runs, data, run_dir / below)
 
 
 def load_finished(run_dir: Path, config: Config, data: PathData) -> nn.Module:
     """Return a finished run's best model; refuse one that is not the run's or not for the data."""
-    model, checkpoint = load_model(run_dir, config.device)
+    model, checkpoint = load_model(run_dir / "best.pt", config.device)
     if checkpoint["config"]["model"] != config.model:
         raise UserError(
             f"{run_dir / 'best.pt'}: holds a {checkpoint['config']['model']}, but the run is of a "
@@ -840,14 +883,15 @@ def refuse(args: dict, names: Sequence[str], mode: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: has no effect with {mode}; leave it out")
 
 
-def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> dict:
+def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> None:
     """Write summary.json: mean and spread over the seeds, and their ensemble; print the table."""
     if world()[0] > 0:
-        return {}
+        return
     keys = ("val", "val_tta", "test", "test_tta")
     summary: dict = {"dataset": dataset_card(data), "seeds": [run["seed"] for run in runs]}
     for key in keys:
-        names = [name for name, value in runs[0][key].items() if isinstance(value, float)]
+        first = runs[0][key]
+        names = [n for n in first if all(isinstance(run[key][n], float) for run in runs)]
         values = {name: [run[key][name] for run in runs] for name in names}
         ensemble = np.mean([run["probs"][key] for run in runs], axis=0)
         summary[key] = {
@@ -865,7 +909,6 @@ def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> dict
             f"ensemble {part['ensemble']['accuracy']:.4f}"
         )
     print(f"Written to {run_dir / 'summary.json'}")
-    return summary
 
 
 def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
@@ -888,7 +931,7 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
 
 def join_processes(device: str) -> None:
     """Under torchrun, join the other processes (nccl between GPUs, gloo between CPUs)."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
     gpu = torch.cuda.is_available() and device != "cpu"
     if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -934,6 +977,8 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_odd_names()
     try:
         join_processes(args.get("device", "auto"))
+        if world()[0] > 0 and ("predict" in args or "evaluate" in args):
+            return 0  # only training is shared
         if "predict" in args:
             names = {field.name for field in fields(Config)} - {"device"}
             refuse(args, (*names, "data", "seeds", "name", "embeddings"), "--predict")
@@ -941,18 +986,22 @@ def main(argv: list[str] | None = None) -> int:
             device = resolve(Config(device=args.get("device", "auto")), 1).device
             out_dir = args.get("log_dir", Path("predictions"))
             status = classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return status
         refuse(args, ("checkpoint", "explain"), "training or evaluation (only with --predict)")
         mode = resume_run if "resume" in args else evaluate_run if "evaluate" in args else new_runs
         mode(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return end_of_pipe()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        text = str(error).partition("\n")[0]
+        print(f"error: {text}; use a lower --batch-size, or --device cpu", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk, a folder that was taken away
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "choose a folder that can be written"

@@ -303,7 +303,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
     UserError
         If the file is missing, damaged, or not one of this project's checkpoints.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False where the folder may not be entered
         raise UserError(f"{path}: no such checkpoint; give the folder of a finished run")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read; ask for the permission to")
@@ -408,7 +408,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     et al. 2025, arXiv 2502.16982). Biases and BatchNorm scales are not decayed (He et al. 2019,
     arXiv 1812.01187).
     """
-    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # 3: of colours
     taken = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
@@ -432,7 +432,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """
     progress = step / total_steps
     if progress < config.warmup:
-        return config.lr * max(progress, 1e-3) / config.warmup
+        return config.lr * max(progress, 1e-3) / config.warmup  # above 0: the first step counts
     return (
         config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
     )
@@ -450,7 +450,7 @@ def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generato
     """
     rank, size = world()
     number = ((config.seed * 100_003 + epoch) * size + rank) % 2**63
-    loader.sampler.sampler.set_epoch(epoch)
+    loader.sampler.sampler.set_epoch(epoch)  # the order that the BatchSampler cuts into batches
     torch.manual_seed(number)
     return torch.Generator(config.device).manual_seed(number)
 
@@ -487,7 +487,7 @@ def train_one_epoch(
         average(step)
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        sums += torch.stack([loss_sum, correct, torch.ones_like(correct) * len(labels)])
+        sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         bar.update()
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -628,6 +628,8 @@ class TrainingState:
             self.history = last["history"]
             if len(self.history) != last["epoch"]:
                 raise ValueError("another number of epochs")
+            if last["config"] | {"device": self.config.device} != asdict(self.config):
+                raise ValueError("other options than those of config.json")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint to resume from; train anew") from error
 

@@ -563,9 +563,9 @@ def class_distribution(data: PathData) -> "Figure":
 
 
 def _title(data: PathData, text: str) -> str:
-    """Return a figure's title, which says so where the data is not real."""
-    real = data.kind != "synthetic"
-    return f"{'PathMNIST' if real else 'SYNTHETIC data, not tissue'}: {text}"
+    """Return a figure's title, which says so where the data is not real, or not all of it."""
+    names = {"official": "PathMNIST", "synthetic": "SYNTHETIC data, not tissue"}
+    return f"{names.get(data.kind, 'PathMNIST, a subset')}: {text}"
 
 
 def _class_labels() -> list[str]:
@@ -581,7 +581,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 def tolerate_odd_names() -> None:
@@ -624,6 +624,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return end_of_pipe()
+    except OSError as error:  # a full disk behind stdout
+        end_of_pipe()
+        print(f"error: {error}; free some space", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

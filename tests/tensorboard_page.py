@@ -279,10 +279,15 @@ def shoot_scalars(page: "Page", url: str, path: Path) -> None:
 
 
 def shoot_graph(page: "Page", url: str, path: Path) -> None:
-    """The model's node opened to its stages."""
-    page.set_viewport_size({"width": 1400, "height": 1080})
-    model = next(name for name in read_graph(page, url) if "/" in name).split("/")[0]
+    """The model's node opened to its stages, and the second stage to its layers."""
+    page.set_viewport_size({"width": 1400, "height": 1600})
+    names = read_graph(page, url)
+    model = next(name for name in names if "/" in name).split("/")[0]
     page.wait_for_timeout(1500)  # the graph moves to its new place, and gives no sign of rest
+    stage = next((name for name in names if "stage2" in name), None)  # a ResNet-18 has none
+    if stage:
+        page.locator(f'g.node[data-name="{stage}"] rect').first.dblclick()
+        page.wait_for_timeout(1500)
     page.locator("tf-graph-scene svg").first.click(position={"x": 5, "y": 300})  # select nothing
     page.get_by_text("Fit to screen").click()
     page.wait_for_timeout(1500)
@@ -314,11 +319,12 @@ def shoot_text(page: "Page", url: str, path: Path) -> None:
 
 
 def shoot_pr_curves(page: "Page", url: str, path: Path) -> None:
-    """The first four precision-recall curves of the test split."""
+    """The precision-recall curves, on test, of the four classes that are most often confused."""
     page.set_viewport_size({"width": 1500, "height": 1200})
     read_pr_curves(page, url)
+    section = filter_tags(page, url, "PR Curves", "test/(MUS|NORM|STR|TUM)")
     page.wait_for_timeout(1500)
-    crop(page, path, bottom(page.locator("tf-pr-curve-card").nth(3)))
+    crop(page, path, bottom(section.locator("tf-pr-curve-card").nth(3)))
 
 
 def shoot_hparams(page: "Page", url: str, path: Path) -> None:

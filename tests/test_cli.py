@@ -166,7 +166,7 @@ def test_several_seeds_and_their_ensemble(
 
     path, other = tmp_path / "both" / "summary.json", tmp_path / "other.npz"
     before = path.read_bytes()
-    path.unlink()
+    path.write_text("")
     assert cli("--evaluate", tmp_path / "both", "--device", "cpu")[0] == 0
     assert path.read_bytes() == before
     np.savez(other, **make_arrays(COUNTS, seed=1))
@@ -179,6 +179,9 @@ def test_several_seeds_and_their_ensemble(
     (runs[1] / "best.pt").unlink()
     status, _, err = cli("--evaluate", tmp_path / "both", "--device", "cpu")
     assert status == 2 and "no such checkpoint" in only_line(err)
+    path.unlink()
+    status, _, err = cli("--evaluate", tmp_path / "both", "--device", "cpu")
+    assert status == 2 and "--resume it first" in only_line(err)
 
 
 def test_several_seeds_are_resumed_where_they_stopped(
@@ -268,7 +271,7 @@ BAD_FLAGS = [
     *(["--seeds", v] for v in ("-1", "0 nan", "9" * 30)),
     *(
         ["--name", v]
-        for v in ("a/b", "..", "../up", "/tmp/x", ".", "", ".hidden", "a b", "a" * 101)
+        for v in ("a/b", "..", "../up", "/tmp/x", ".", "", ".hidden", "a b", "a" * 101, "aé" * 40)
     ),
     ["--model", "vit"],
     ["--device", "tpu"],
@@ -412,17 +415,61 @@ def test_a_damaged_config_json(cli: Callable, run_dir: Path, mode: str, content:
 
 @pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
 @pytest.mark.parametrize(
-    ("name", "value"), [("epochs", "many"), ("model", "vit"), ("batch_size", [8]), ("lr", None)]
+    ("part", "name", "value"),
+    [
+        ("config", "epochs", "many"),
+        ("config", "epochs", 0),
+        ("config", "model", "vit"),
+        ("config", "model", ["skipcnn"]),
+        ("config", "batch_size", [8]),
+        ("config", "lr", None),
+        ("config", "device", "abacus"),
+        ("config", "precision", "auto"),
+        ("dataset", "path", None),
+        *((None, "seeds", seeds) for seeds in ([], {}, "", [0, 0], [-1], [2**70, 1])),
+        (None, "dataset", ["md5", "path"]),
+        (None, "processes", "two"),
+    ],
 )
 def test_an_edited_config_json(
-    cli: Callable, run_dir: Path, mode: str, name: str, value: object
+    cli: Callable, run_dir: Path, mode: str, part: str | None, name: str, value: object
 ) -> None:
     path = run_dir / "config.json"
     settings = json.loads(path.read_text())
-    settings["config"][name] = value
+    (settings[part] if part else settings)[name] = value
     path.write_text(json.dumps(settings))
     status, _, err = cli(mode, run_dir)
     assert status == 2 and "config.json" in only_line(err)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("config", "lr", 0.5, "last.pt"),
+        (None, "processes", 2, "torchrun --nproc-per-node=2 PathMNIST.py --resume"),
+    ],
+)
+def test_resume_goes_on_as_the_run_began_or_not_at_all(
+    cli: Callable, run_dir: Path, part: str | None, name: str, value: object, said: str
+) -> None:
+    path = run_dir / "config.json"
+    settings = json.loads(path.read_text())
+    (settings[part] if part else settings)[name] = value
+    path.write_text(json.dumps(settings))
+    before = (run_dir / "last.pt").read_bytes()
+    status, _, err = cli("--resume", run_dir)
+    assert status == 2 and said in only_line(err)
+    assert (run_dir / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["--evaluate", "--predict"])
+def test_only_the_first_of_several_processes_evaluates(
+    cli: Callable, run_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    monkeypatch.setattr(PathMNIST, "world", lambda: (1, 2))
+    assert cli(mode, run_dir) == (0, "", "")
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
 def test_a_taken_name_is_refused_and_a_default_name_is_not(

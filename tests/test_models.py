@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, only_line
 from torch import nn
 
 from MyModels import MODELS, Normalize, SkipCNN, count_parameters, layer_table
@@ -137,8 +137,13 @@ def test_each_stage_halves_the_resolution() -> None:
     assert [sides[f"stage{i}"] for i in (1, 2, 3)] == ["32", "16", "8"]
 
 
-def test_a_size_too_small_for_the_pools_is_refused_at_the_command_line() -> None:
-    command = [sys.executable, "MyModels.py", "--size", "7"]
+@pytest.mark.parametrize("size", ["7", "1000000", "many"])
+def test_a_size_that_is_none_is_refused_in_one_line(size: str) -> None:
+    command = [sys.executable, "MyModels.py", "--size", size]
     process = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2
-    assert "8 px or more" in process.stderr and "Traceback" not in process.stderr
+    assert process.returncode == 2 and "--size" in only_line(process.stderr)
+
+
+def test_a_constant_colour_channel_gives_finite_values() -> None:
+    model = SkipCNN(mean=(0.5, 0.5, 0.5), std=(0.2, 0.0, 0.2)).eval()
+    assert model(torch.full((1, 3, 28, 28), 0.5)).isfinite().all()

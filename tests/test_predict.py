@@ -1,6 +1,7 @@
 """Tests of classifying new tiles: python -m pytest tests/test_predict.py"""
 
 import csv
+import json
 import os
 import shutil
 import struct
@@ -252,21 +253,35 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
     cli: Callable, run_dir: Path, tmp_path: Path
 ) -> None:
     tiles = [save(tmp_path / f"{i}.png", picture()) for i in range(2)]
-    for seed in (0, 1):
+    for seed in (0, 1, 2):  # the last is none of the run's own
         shutil.copytree(run_dir, tmp_path / "runs" / f"seed{seed}")
+    settings = json.loads((run_dir / "config.json").read_text()) | {"seeds": [0, 1]}
+    (tmp_path / "runs" / "config.json").write_text(json.dumps(settings))
     second = tmp_path / "runs" / "seed1" / "best.pt"
     checkpoint = torch.load(second, weights_only=True)
     checkpoint["model"]["head.4.bias"] += torch.arange(9.0)
     torch.save(checkpoint, second)
+    argv = ["--predict", *tiles, "--checkpoint", tmp_path / "runs", "--log-dir", tmp_path / "out"]
+    status, _, err = cli(*argv)
+    assert status == 2 and "not all of its seeds are trained" in only_line(err)
+    (tmp_path / "runs" / "summary.json").touch()
     answers = []
     for run in ("runs/seed0", "runs/seed1", "runs"):
-        argv = ["--checkpoint", tmp_path / run, "--log-dir", tmp_path / "out", "--explain"]
-        status, out, _ = cli("--predict", *tiles, *argv)
+        argv[-3] = tmp_path / run
+        status, out, _ = cli(*argv, "--explain")
         assert status == 0 and ("ensemble of 2" in out) == (run == "runs")
         answers.append([probabilities(row) for row in read_csv(tmp_path / "out")])
     first, other, both = np.array(answers)
     assert np.abs(first - other).max() > 0.01
     assert both == pytest.approx((first + other) / 2, abs=1e-5)
+
+    checkpoint["identity"]["md5"] = "of other data"
+    torch.save(checkpoint, second)
+    status, _, err = cli(*argv)
+    assert status == 2 and "not of one model and one data set" in only_line(err)
+    second.unlink()
+    status, _, err = cli(*argv)
+    assert status == 2 and f"{second}: no such checkpoint" in only_line(err)
 
 
 def test_the_models_own_size_is_used(cli: Callable, run_dir: Path, tmp_path: Path) -> None:
@@ -320,4 +335,4 @@ def test_explain_with_a_long_name(cli: Callable, run_dir: Path, tmp_path: Path) 
     tile, out = save(tmp_path / f"{'x' * 250}.png", picture()), tmp_path / "out"
     status, _, _ = cli("--predict", tile, "--explain", "--checkpoint", run_dir, "--log-dir", out)
     assert status == 0
-    assert [path.name for path in out.glob("*.png")] == [f"0000-{'x' * 100}.png"]
+    assert [path.name for path in out.glob("*.png")] == [f"0000-{'x' * 50}.png"]
