@@ -554,7 +554,7 @@ def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[t
         box(side, middle, textwrap.fill(skip, 14), ORANGE)
         box(path, total, f"add, {after}", BLUE)
     arrow(GREY, (path, top), (path, middle + (0.25 if skips else 0.15)))
-    box(path, middle, textwrap.fill(before, 34), BLUE)
+    box(path, middle, textwrap.fill(before, 36), BLUE)
     axes.plot([path, path], [total if skips else middle, top - height], color=GREY, linewidth=1.5)
     axes.text(0.9, middle, name, ha="right", va="center", weight="bold", fontsize=11)
     shape, count = rows[-1][3], sum(row[4] for row in rows)

@@ -76,6 +76,8 @@ from Training import (
 )
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "rounded")
 EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU 500 take half as long again each
 
 
@@ -143,12 +145,12 @@ def build_parser() -> Parser:
     seeds.add_argument("--seeds", type=seed, nargs="+", help="one run per seed, and their ensemble")
     add(
         "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
+        choices=DEVICES,
         help="default: auto; for --resume the run's",
     )
     add(
         "--precision",
-        choices=["auto", "fp32", "bf16", "rounded"],
+        choices=PRECISIONS,
         help="default: auto (bf16 where fast, elsewhere fp32 rounded to bf16 after each layer)",
     )
     add(
@@ -247,7 +249,7 @@ def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
         return load_ensemble(run_dir, device)
     checkpoint = load_checkpoint(path, device)
     name, size = checkpoint["config"].get("model"), checkpoint["identity"].get("size", 28)
-    if name not in list(MODELS):
+    if name not in list(MODELS):  # a list, for a damaged file's name may be of any type
         raise UserError(f"{path}: holds an unknown model {name!r}; known: {', '.join(MODELS)}")
     if size not in SIZES:
         raise UserError(f"{path}: made for images of {size!r} px; known: {SIZES}")
@@ -345,8 +347,8 @@ def read_run(run_dir: Path) -> dict:
             all(isinstance(getattr(config, field.name), field.type) for field in fields(Config))
             and min(config.epochs, config.batch_size, config.patience) >= 1
             and config.model in MODELS
-            and config.device in ("cpu", "cuda", "mps")
-            and config.precision in ("fp32", "bf16", "rounded")
+            and config.device in DEVICES[1:]  # "auto" is resolved before it is written
+            and config.precision in PRECISIONS[1:]
             and all(isinstance(text, str) for text in texts)
             and isinstance(seeds, list)
             and all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in seeds)

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -456,6 +457,14 @@ def test_figures_show_the_data(synthetic: PathData) -> None:
         assert title.startswith("SYNTHETIC")
         labels = [text.get_text().replace("\n", " ") for text in axes.get_yticklabels()]
         assert [label.rsplit(" (", 1)[0] for label in labels] == list(CLASS_NAMES)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("official", "PathMNIST:"), ("subset", "a subset:")])
+def test_figures_say_how_much_of_the_data_they_show(
+    synthetic: PathData, kind: str, said: str
+) -> None:
+    axes = analyze_data.class_distribution(replace(synthetic, kind=kind)).axes[0]
+    assert said in axes.get_title()
 
 
 def test_figure_text_lies_inside_the_figure(synthetic: PathData) -> None:

@@ -669,3 +669,56 @@ def test_a_data_file_whose_name_is_not_utf8(
     status, out, _ = cli(*argv)
     assert status == 0 and r"\udcff.npz" in out
     assert read_metrics(tmp_path / "run")["dataset"]["path"] == odd
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("script", ["PathMNIST.py", "analyze_data.py"])
+def test_a_full_disk_behind_stdout(tiny: Path, run_dir: Path, tmp_path: Path, script: str) -> None:
+    argv = {
+        "PathMNIST.py": ["--predict", write_tile(tmp_path), "--checkpoint", run_dir],
+        "analyze_data.py": ["--data", tiny],
+    }[script]
+    out = ["--log-dir" if script == "PathMNIST.py" else "--out", tmp_path / "out"]
+    command = [sys.executable, script, *map(str, [*argv, *out])]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            command, check=False, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert process.returncode == 2 and "free some space" in only_line(process.stderr)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no\nmore")])
+def test_out_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(_args: dict) -> None:
+        raise error
+
+    monkeypatch.setattr(PathMNIST, "new_runs", fail)
+    status, _, err = cli()
+    assert status == 2 and "error: no; use a lower --batch-size" in only_line(err)
+
+
+def test_an_argument_of_several_lines(cli: Callable) -> None:
+    status, _, err = cli("a\nb")
+    assert status == 2 and "a b" in only_line(err)
+
+
+def test_the_folder_of_many_seeds_has_a_short_name(
+    cli: Callable, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PathMNIST, "train_seeds", lambda *_args: None)
+    seeds = [str(seed) for seed in range(90)]
+    assert cli("--data", tiny, "--log-dir", tmp_path / "runs", "--seeds", *seeds)[0] == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert len(run_dir.name) <= 100 and run_dir.name.startswith("skipcnn-seed0-1-2-")
+    assert json.loads((run_dir / "config.json").read_text())["seeds"] == list(range(90))
+
+
+@pytest.mark.parametrize(("part", "value"), [("size", 27), ("size", "x"), ("model", ["skipcnn"])])
+def test_a_checkpoint_of_another_kind(
+    cli: Callable, run_dir: Path, tmp_path: Path, part: str, value: object
+) -> None:
+    checkpoint = torch.load(run_dir / "best.pt", weights_only=True)
+    checkpoint["identity" if part == "size" else "config"][part] = value
+    torch.save(checkpoint, run_dir / "best.pt")
+    status, _, err = cli("--predict", write_tile(tmp_path), "--checkpoint", run_dir)
+    assert status == 2 and "known:" in only_line(err)

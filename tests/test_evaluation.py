@@ -369,6 +369,13 @@ def test_examples_content(correct):
     assert f"{len(candidates)} of 60 images" in figure.get_supxlabel()
 
 
+def test_examples_are_of_every_class():
+    labels = np.repeat(np.arange(9), [300, *[1] * 8])
+    figure = Evaluation.examples_figure(make_images(308), labels, np.eye(9)[labels], True)
+    shown = [axes.get_title(loc="left").split()[1] for axes in figure.axes if axes.get_visible()]
+    assert shown == ["ADI"] * 4 + list(SHORT_NAMES[1:])
+
+
 def test_examples_without_any():
     figure = FIGURES["none"]("")
     assert "No image was incorrectly classified." in check_legible(figure)
@@ -534,6 +541,7 @@ def test_architecture_figure_shows_where_the_skip_connection_joins():
         "add, ReLU",
         before,
     ]
+    assert "Linear 128, ReLU, Dropout, Linear 9" in [t.get_text() for t in figure.axes[0].texts]
     other = Evaluation.architecture_figure(layer_table(ResNet18()), "ResNet18")
     check_legible(other)
     assert "12 layers" in [text.get_text() for text in other.axes[0].texts]

@@ -125,6 +125,45 @@ def test_cheaper_table_is_what_its_runs_say(report: str) -> None:
     assert rows_missing("\n".join(table), report) == []
 
 
+def test_cutmix_explains_the_jumps_of_train_loss(report: str) -> None:
+    """Replays what CutMix drew in each epoch of the committed run, on tiny black images."""
+    import csv
+
+    import torch
+
+    from Training import Config, augment, cutmix
+
+    settings = json.loads((BEST / "config.json").read_text())["config"]
+    config = Config(**settings)
+    rows = csv.DictReader((BEST / "history.csv").read_text().splitlines())
+    losses = [float(row["train_loss"]) for row in rows]
+    entropies = []
+    for epoch in range(config.epochs):
+        number = config.seed * 100_003 + epoch  # as in `seed_epoch`, for one process
+        generator = torch.Generator().manual_seed(number)
+        total = 0.0
+        for size in [64] * 12 + [32]:  # 800 images
+            augment(torch.zeros(size, 4, 4, 3, dtype=torch.uint8), generator, config)
+            images, targets = torch.zeros(size, 1, 28, 28), torch.eye(size)
+            kept = cutmix(images, targets, generator, config.cutmix)[1][0]
+            total += size * torch.special.entr(kept).sum().item()
+        entropies.append(total / 800)
+    # From epoch 21 on, differences to the mean over nine epochs around it.
+    series = torch.tensor([losses, entropies])
+    around = torch.nn.functional.avg_pool1d(series, 9, stride=1)[:, 16:]
+    correlation = torch.corrcoef(series[:, 20:-4] - around)[0, 1].item()
+    assert f"correlation of {correlation:.2f}" in " ".join(report.split())
+
+
+def test_the_whole_run_without_bf16_is_what_was_timed(report: str) -> None:
+    timed = (ROOT / "tests" / "benchmarks" / "full_fp32.txt").read_text().split()
+    seconds = sum(s * 60**i for i, s in enumerate(map(int, reversed(timed[-7].split(":")))))
+    mebibytes = int(timed[-1]) / 1024
+    assert f"{seconds:,} s from command to figures" in " ".join(report.split())
+    assert f"and {mebibytes:,.0f} MiB" in " ".join(report.split())
+    assert f"{seconds / 89.996 / 10:.2f} s per 1,000 images" in " ".join(report.split())
+
+
 def test_every_picture_in_the_texts_exists() -> None:
     import re
 
