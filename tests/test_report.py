@@ -53,11 +53,11 @@ def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: di
     assert metrics["model"]["parameters"] == count_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "accuracy_fp32", "speed", "speed_fp32"])
+@pytest.mark.parametrize("name", ["accuracy", "accuracy_fp32", "speed", "speed_amd", "speed_fp32"])
 def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) -> None:
     import importlib
 
-    module = importlib.import_module(name.removesuffix("_fp32"))
+    module = importlib.import_module(name.split("_")[0])
     results = json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
     table = module.markdown(results.get("rows", results))
     assert rows_missing(table, report) == []
@@ -162,6 +162,16 @@ def test_the_whole_run_without_bf16_is_what_was_timed(report: str) -> None:
     assert f"{seconds:,} s from command to figures" in " ".join(report.split())
     assert f"and {mebibytes:,.0f} MiB" in " ".join(report.split())
     assert f"{seconds / 89.996 / 10:.2f} s per 1,000 images" in " ".join(report.split())
+
+
+def test_what_the_goals_would_take_is_reckoned_from_the_benchmark(report: str) -> None:
+    step = json.loads((ROOT / "tests" / "benchmarks" / "speed_amd.json").read_text())["step"]
+    for factor, other, text in (
+        (2.5, "training step, same model in fp32 NCHW", "would take {:.0%} of it"),
+        (15, "training step, ResNet-18 as MedMNIST", "and 15 times the ResNet-18 {:.0%}"),
+    ):
+        share = factor * step[other] * step["GFLOP per image"] / step["GFLOP/s, matmul 4096"]
+        assert text.format(share).replace("%", " %") in " ".join(report.split())
 
 
 def test_every_picture_in_the_texts_exists() -> None:
