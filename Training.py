@@ -376,17 +376,42 @@ def gather(*arrays: np.ndarray) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------ training
 
 
+def rounded(x: Tensor) -> Tensor:
+    """Round to the nearest bf16, but stay in fp32."""
+    return x.bfloat16().float()
+
+
+def orthogonalize(matrix: Tensor, steps: int, store: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return about the nearest orthogonal matrix: all singular values become about 1.
+
+    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    `store` is what every intermediate result passes through, to be kept in bf16 or rounded to it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = store(matrix.T if len(matrix) > matrix.shape[1] else matrix)
+    x = store(x / store(x.norm()).clamp_min(1e-7))
+    for _ in range(steps):
+        gram = store(x @ x.T)
+        polynomial = store(torch.addmm(gram, gram, gram, beta=b, alpha=c))
+        x = store(torch.addmm(x, polynomial, x, beta=a))
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
 class ConvMuon(torch.optim.Muon):
-    """torch's Muon, given convolution kernels as the matrices that it takes.
+    """torch's Muon for convolution kernels, and fast on processors without bf16 too.
 
     Muon replaces the averaged gradient of a matrix (its momentum) by about the nearest orthogonal
-    matrix, so that all directions of a layer learn at one pace (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). A kernel (out, in, 3, 3) is handed over as a matrix (out,
-    3 * 3 * in), a view of the same memory: the weights have to be in channels_last format.
+    matrix, so that all directions of a layer learn at one pace. A kernel (out, in, 3, 3) is
+    handed over as a matrix (out, 3 * 3 * in), a view of the same memory: the weights have to be
+    in channels_last format.
+
+    The step does what torch's does. But torch orthogonalises in bf16, and where a processor has
+    to emulate that, it can take longer than everything else in training. Without `bf16`, the
+    arithmetic is fp32's here, and only the results are rounded to bf16.
     """
 
-    def __init__(self, kernels: list[nn.Parameter], **options: object) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: list[nn.Parameter], bf16: bool, **options: object) -> None:
+        self.kernels, self.store = kernels, Tensor.bfloat16 if bf16 else rounded
         super().__init__([nn.Parameter(self.as_matrix(kernel)) for kernel in kernels], **options)
 
     @staticmethod
@@ -394,19 +419,28 @@ class ConvMuon(torch.optim.Muon):
         """Return a kernel or its gradient as (out, 3 * 3 * in)."""
         return tensor.detach().permute(0, 2, 3, 1).flatten(1)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Update the kernels from their gradients."""
-        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
-            matrix.grad = self.as_matrix(kernel.grad)
-        super().step()
+        group = self.param_groups[0]
+        for matrix, kernel in zip(group["params"], self.kernels, strict=True):
+            gradient, state = self.as_matrix(kernel.grad), self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+            update = orthogonalize(update, group["ns_steps"], self.store)
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            scale = 0.2 * math.sqrt(max(matrix.shape))  # to the size of AdamW's steps
+            matrix.add_(update, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return Muon for the kernels behind the first layer, and AdamW for everything else.
 
-    Both take the same learning rate: "match_rms_adamw" scales Muon's steps to AdamW's size (Liu
-    et al. 2025, arXiv 2502.16982). Biases and BatchNorm scales are not decayed (He et al. 2019,
-    arXiv 1812.01187).
+    Both take the same learning rate, as Muon's steps are scaled to AdamW's size (Liu et al. 2025,
+    arXiv 2502.16982). Biases and BatchNorm scales are not decayed (He et al. 2019, arXiv
+    1812.01187).
     """
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # 3: of colours
     taken = {id(p) for p in kernels}
@@ -417,9 +451,9 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     ]
     muon = ConvMuon(
         kernels,
+        bf16=config.precision == "bf16",
         lr=config.lr,
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
         ns_steps=3,  # torch's 5 orthogonalise more exactly, cost more and gain nothing here
     )
     return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")]
@@ -508,7 +542,7 @@ def round_to_bf16(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
     what bf16 does to the weights that are found, is then the same with and without it.
     """
     layers = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return output.bfloat16().float() if isinstance(module, layers) else output
+    return rounded(output) if isinstance(module, layers) else output
 
 
 def train_step(
@@ -528,10 +562,10 @@ def train_step(
     targets = F.one_hot(labels, len(SHORT_NAMES)).float()
     if config.cutmix:
         images, targets = cutmix(images, targets, generator, config.cutmix)
-    rounded = config.precision == "rounded"
+    hooked = config.precision == "rounded"
     with (
         torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"),
-        register_module_forward_hook(round_to_bf16) if rounded else nullcontext(),
+        register_module_forward_hook(round_to_bf16) if hooked else nullcontext(),
     ):
         logits = net(images)
     logits = logits.float()
