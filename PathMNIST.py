@@ -151,7 +151,7 @@ def build_parser() -> Parser:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="default: auto (bf16 where fast, elsewhere fp32 rounded to bf16 after each layer)",
+        help="default: auto (bf16 where fast, else fp32 rounded to bf16; on an Apple GPU fp32)",
     )
     add(
         "--log-dir",
@@ -368,7 +368,7 @@ def read_run(run_dir: Path) -> dict:
 # ------------------------------------------------------------------------------ the story
 
 
-def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = False) -> dict:
+def train(data: PathData, config: Config, run_dir: Path) -> dict:
     """Train one model into `run_dir` (or go on there), evaluate it, and return its results.
 
     Returns
@@ -412,7 +412,7 @@ def train(data: PathData, config: Config, run_dir: Path, embeddings: bool = Fals
         }
         results = evaluate(model, config, data, run_dir, training, writer, history)
         log_end(writer, config, results)
-        if embeddings:
+        if config.embeddings:
             log_embeddings(writer, model, data)
     return results
 
@@ -441,15 +441,16 @@ def evaluate(
     """Evaluate on val and test, write metrics, predictions and figures into `out_dir`.
 
     `training` is what metrics.json says about how the model came about. The test split is read
-    here and nowhere else. Results are logged one step after the last epoch: what a run logs twice
-    because it was stopped here and resumed, TensorBoard then shows once (see `purge_step`).
+    here, after training, and never before. Results are logged one step after the last epoch: what
+    a run logs twice because it was stopped here and resumed, TensorBoard then shows once (see
+    `purge_step`).
     """
     note = figure_note(data)
     probs, metrics = {}, {}
     with tqdm(total=4, desc="evaluate", unit="pass", disable=None) as bar:
         for split in ("val", "test"):
+            loader = make_loader(data, split, eval_batch(data.size), config.device)
             for views, key in ((1, split), (8, f"{split}_tta")):
-                loader = make_loader(data, split, eval_batch(data.size), config.device)
                 probs[key], labels = predict(model, loader, views)
                 metrics[key] = Evaluation.compute_metrics(probs[key], labels)
                 bar.update()
@@ -467,7 +468,7 @@ def evaluate(
     write_json(out_dir / "metrics.json", results)
     figures = result_figures(model, config, data, probs, metrics, note)
     if history:
-        curves = Evaluation.learning_curves(list(history), training["best_epoch"], note=note)
+        curves = Evaluation.learning_curves(history, training["best_epoch"], note=note)
         figures = {"learning_curves": curves, **figures}
     (out_dir / "figures").mkdir(exist_ok=True)
     for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
@@ -590,9 +591,9 @@ def log_pr_curves(
 
 
 def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
-    """Log the results table and the run's row in the HParams table (once, in the same file)."""
+    """Log the results table and the run's row in the HParams table."""
     metrics = {key: results[key] for key in ("val", "test", "val_tta", "test_tta")}
-    writer.add_text("results", Evaluation.results_markdown(metrics))
+    writer.add_text("results", Evaluation.results_markdown(metrics), results["epochs"] + 1)
     # As many columns as TensorBoard shows unasked; the other options are in the text "config".
     values = {key: getattr(config, key) for key in ("model", "epochs", "batch_size", "lr", "seed")}
     columns = ("val accuracy", "val auc", "test accuracy", "test auc", "test_tta accuracy")
@@ -737,8 +738,9 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
             f"{name.name[-40:]:40}  {CLASS_NAMES[first]:36}  {p[first]:.3f}  "
             f"{SHORT_NAMES[second]} {p[second]:.3f}"
         )
-    more = f" ({len(rows) - 50} more)" if len(rows) > 50 else ""
-    print(f"All nine probabilities of {len(rows)} tiles: {path}{more}")
+    if len(rows) > 50:
+        print(f"... and {len(rows) - 50} more")
+    print(f"All nine probabilities of {len(rows)} tiles: {path}")
 
 
 # ------------------------------------------------------------------------------ modes
@@ -749,6 +751,8 @@ def new_runs(args: dict) -> None:
     names = {field.name for field in fields(Config)}
     options = {key: value for key, value in args.items() if key in names}
     data = load_data(shared(lambda: find_data(args.get("data"))))
+    if data.counts["val"] < world()[1]:
+        raise UserError("more processes than val images; lower --nproc-per-node")
     seeds = list(dict.fromkeys(args.get("seeds", [args.get("seed", Config.seed)])))
     log_dir = args.get("log_dir", Path("runs"))
     config = resolve(Config(**options), max(1, data.counts["train"] // world()[1]))
@@ -758,7 +762,7 @@ def new_runs(args: dict) -> None:
     run_dir = shared(lambda: make_run_dir(log_dir, name, unique="name" in args))
     if len(seeds) > 1 and world()[0] == 0:
         write_json(run_dir / "config.json", {**run_settings(data, config), "seeds": seeds})
-    train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+    train_seeds(data, config, seeds, run_dir)
 
 
 def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
@@ -773,15 +777,13 @@ def finished_seeds(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
     return seed_dirs(run_dir, seeds)
 
 
-def train_seeds(
-    data: PathData, config: Config, seeds: Sequence[int], run_dir: Path, embeddings: bool
-) -> None:
+def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: Path) -> None:
     """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own."""
     runs = []
     with say_how_to_resume(run_dir):
         for seed, seed_dir in zip(seeds, seed_dirs(run_dir, seeds), strict=True):
             shared(lambda seed_dir=seed_dir: seed_dir.mkdir(exist_ok=True))
-            runs.append(train(data, replace(config, seed=seed), seed_dir, embeddings))
+            runs.append(train(data, replace(config, seed=seed), seed_dir))
             summarise(runs[-1], seed_dir, run_dir.parent)
     if len(runs) > 1:
         summarise_seeds(runs, data, run_dir)
@@ -812,7 +814,7 @@ def resume_run(args: dict) -> None:
         raise UserError(f"{run_dir}: started with another number of processes; use {command}")
     config = replace(config, device=args.get("device", config.device))
     config = resolve(config, data.counts["train"])
-    train_seeds(data, config, seeds, run_dir, "embeddings" in args)
+    train_seeds(data, config, seeds, run_dir)
 
 
 def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
@@ -830,7 +832,7 @@ def evaluate_run(args: dict) -> None:
     if args.get("model", settings["config"].model) != settings["config"].model:
         raise UserError(f"--model {args['model']}: {run_dir} holds a {settings['config'].model}")
     names = {field.name for field in fields(Config)} - {"model", "device"}
-    refuse(args, (*names, "seeds", "name", "log_dir", "embeddings"), "--evaluate")
+    refuse(args, (*names, "seeds", "name", "log_dir"), "--evaluate")
     data = data_of_run(args, settings, run_dir)
     config = resolve(
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
@@ -931,10 +933,12 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
 # ------------------------------------------------------------------------------ several processes
 
 
-def join_processes(device: str) -> None:
+def join_processes(args: dict) -> None:
     """Under torchrun, join the other processes (nccl between GPUs, gloo between CPUs)."""
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
+    device = read_run(args["resume"])["config"].device if "resume" in args else "auto"
+    device = args.get("device", device)
     gpu = torch.cuda.is_available() and device != "cpu"
     if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise UserError("more processes than GPUs; lower --nproc-per-node, or use --device cpu")
@@ -978,12 +982,12 @@ def main(argv: list[str] | None = None) -> int:
     threading.excepthook = no_traceback_of_full_disks
     tolerate_odd_names()
     try:
-        join_processes(args.get("device", "auto"))
+        join_processes(args)
         if world()[0] > 0 and ("predict" in args or "evaluate" in args):
             return 0  # only training is shared
         if "predict" in args:
             names = {field.name for field in fields(Config)} - {"device"}
-            refuse(args, (*names, "data", "seeds", "name", "embeddings"), "--predict")
+            refuse(args, (*names, "data", "seeds", "name"), "--predict")
             checkpoint = args.get("checkpoint", BEST)
             device = resolve(Config(device=args.get("device", "auto")), 1).device
             out_dir = args.get("log_dir", Path("predictions"))
@@ -1002,7 +1006,8 @@ def main(argv: list[str] | None = None) -> int:
         return end_of_pipe()
     except (MemoryError, torch.OutOfMemoryError) as error:
         text = str(error).partition("\n")[0]
-        print(f"error: {text}; use a lower --batch-size, or --device cpu", file=sys.stderr)
+        remedy = "" if "predict" in args or "evaluate" in args else "a lower --batch-size, or "
+        print(f"error: {text}; use {remedy}--device cpu", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that was taken away
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

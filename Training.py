@@ -67,6 +67,7 @@ class Config:
     stain: float = 0.25  # half width of the stains' gain in optical density; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
     cutmix: float = 0.5  # share of the batches whose images get a patch of another; 0: off
+    embeddings: bool = False  # log val tiles to TensorBoard's projector at the end
 
 
 class Stopped(BaseException):
@@ -135,7 +136,7 @@ def has_bf16(device: str) -> bool:
     """Return whether the device computes bfloat16 in hardware (emulated, it is slower)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions: fp32 then
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions: none
     return device == "cpu" and capabilities.get("avx512_bf16", False)
 
 
@@ -211,7 +212,7 @@ def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Te
     Light is absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical
     density: the density is split into haematoxylin, eosin and a rest, each is multiplied by
     1 +- width and shifted by +- width / 4, and the colour is put together again (Tellez et al.
-    2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1] and stay so, but for the shift.
+    2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1], and may leave that range.
     """
     n, _, size, _ = images.shape
     stains = torch.tensor(HED, device=images.device)
@@ -397,50 +398,55 @@ def orthogonalize(matrix: Tensor, steps: int, store: Callable[[Tensor], Tensor])
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
-class ConvMuon(torch.optim.Muon):
-    """torch's Muon for convolution kernels, and fast on processors without bf16 too.
+class ConvMuon(torch.optim.Optimizer):
+    """Muon for convolution kernels, fast on processors without bf16 too.
 
     Muon replaces the averaged gradient of a matrix (its momentum) by about the nearest orthogonal
-    matrix, so that all directions of a layer learn at one pace. A kernel (out, in, 3, 3) is
-    handed over as a matrix (out, 3 * 3 * in), a view of the same memory: the weights have to be
-    in channels_last format.
+    matrix, so that all directions of a layer learn at one pace. A kernel (out, in, 3, 3) is taken
+    as a matrix (out, 3 * 3 * in). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982).
 
-    The step does what torch's does. But torch orthogonalises in bf16, and where a processor has
-    to emulate that, it can take longer than everything else in training. Without `bf16`, the
+    It steps as `torch.optim.Muon` does, which orthogonalises in bf16: where a processor has to
+    emulate that, it can take longer than the rest of a training step. Without `bf16`, the
     arithmetic is fp32's here, and only the results are rounded to bf16.
     """
 
-    def __init__(self, kernels: list[nn.Parameter], bf16: bool, **options: object) -> None:
-        self.kernels, self.store = kernels, Tensor.bfloat16 if bf16 else rounded
-        super().__init__([nn.Parameter(self.as_matrix(kernel)) for kernel in kernels], **options)
-
-    @staticmethod
-    def as_matrix(tensor: Tensor) -> Tensor:
-        """Return a kernel or its gradient as (out, 3 * 3 * in)."""
-        return tensor.detach().permute(0, 2, 3, 1).flatten(1)
+    def __init__(
+        self,
+        kernels: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        ns_steps: int = 3,  # 5, as usual, orthogonalise more exactly; here they gain nothing
+        momentum: float = 0.95,
+        bf16: bool = False,
+    ) -> None:
+        self.store = Tensor.bfloat16 if bf16 else rounded
+        options = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(kernels, {**options, "ns_steps": ns_steps, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the kernels from their gradients."""
-        group = self.param_groups[0]
-        for matrix, kernel in zip(group["params"], self.kernels, strict=True):
-            gradient, state = self.as_matrix(kernel.grad), self.state[matrix]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-            update = orthogonalize(update, group["ns_steps"], self.store)
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            scale = 0.2 * math.sqrt(max(matrix.shape))  # to the size of AdamW's steps
-            matrix.add_(update, alpha=-group["lr"] * scale)
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                weights = kernel.permute(0, 2, 3, 1)
+                gradient = kernel.grad.permute(0, 2, 3, 1).flatten(1)
+                state = self.state[kernel]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+                update = orthogonalize(update, group["ns_steps"], self.store)
+                weights.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = 0.2 * math.sqrt(max(update.shape))
+                weights.add_(update.reshape(weights.shape), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return Muon for the kernels behind the first layer, and AdamW for everything else.
 
-    Both take the same learning rate, as Muon's steps are scaled to AdamW's size (Liu et al. 2025,
-    arXiv 2502.16982). Biases and BatchNorm scales are not decayed (He et al. 2019, arXiv
-    1812.01187).
+    Both take the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019,
+    arXiv 1812.01187).
     """
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # 3: of colours
     taken = {id(p) for p in kernels}
@@ -449,13 +455,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    muon = ConvMuon(
-        kernels,
-        bf16=config.precision == "bf16",
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        ns_steps=3,  # torch's 5 orthogonalise more exactly, cost more and gain nothing here
-    )
+    muon = ConvMuon(kernels, config.lr, config.weight_decay, bf16=config.precision == "bf16")
     return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")]
 
 

@@ -462,6 +462,26 @@ def test_resume_goes_on_as_the_run_began_or_not_at_all(
     assert (run_dir / "last.pt").read_bytes() == before
 
 
+def test_a_resumed_run_logs_the_embeddings_that_it_was_started_with(
+    cli: Callable, tiny: Path, tmp_path: Path, no_figures: None
+) -> None:
+    argv = ["--data", tiny, *TRAINING, "--epochs", "1", "--log-dir", tmp_path, "--name", "run"]
+    assert cli(*argv, "--embeddings")[0] == 0
+    projector = tmp_path / "run" / "projector_config.pbtxt"
+    projector.unlink()
+    assert cli("--resume", tmp_path / "run")[0] == 0
+    assert "val" in projector.read_text()
+
+
+def test_more_processes_than_val_images(
+    cli: Callable, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PathMNIST, "world", lambda: (0, 37))
+    status, _, err = cli("--data", tiny, *TRAINING, "--log-dir", tmp_path / "runs")
+    assert status == 2 and "--nproc-per-node" in only_line(err)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("mode", ["--evaluate", "--predict"])
 def test_only_the_first_of_several_processes_evaluates(
     cli: Callable, run_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str

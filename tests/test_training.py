@@ -475,25 +475,28 @@ def test_muon_steps_as_torchs_does(bf16: bool) -> None:
     """In bf16 bit for bit; rounded to it, but for some last bits."""
     shapes = [(24, 8, 3, 3), (48, 4, 3, 3), (32, 16, 1, 1)]  # more columns, more rows, 1 x 1
     options = {"lr": 0.02, "weight_decay": 0.05, "ns_steps": 3}
+
+    def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().permute(0, 2, 3, 1).flatten(1).clone()
+
     torch.manual_seed(0)
-    kernels = [
-        nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes
-    ]
-    before = [kernel.detach().clone() for kernel in kernels]
-    matrices = [nn.Parameter(Training.ConvMuon.as_matrix(k).clone()) for k in kernels]
-    ours = Training.ConvMuon(kernels, bf16=bf16, **options)
-    theirs = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
-    for _ in range(4):
-        for kernel, matrix in zip(kernels, matrices, strict=True):
-            kernel.grad = torch.randn_like(kernel)
-            matrix.grad = Training.ConvMuon.as_matrix(kernel.grad)
-        ours.step()
-        theirs.step()
-    for kernel, matrix, start in zip(kernels, matrices, before, strict=True):
-        difference = (Training.ConvMuon.as_matrix(kernel) - matrix).norm()
-        moved = (kernel - start).norm()
-        assert moved > 0.1
-        assert difference == 0 if bf16 else difference < 1e-3 * moved
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        kernels = [nn.Parameter(torch.randn(s).to(memory_format=memory_format)) for s in shapes]
+        matrices = [nn.Parameter(as_matrix(kernel)) for kernel in kernels]
+        before = [as_matrix(kernel) for kernel in kernels]
+        ours = Training.ConvMuon(kernels, bf16=bf16, **options)
+        theirs = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+        for _ in range(4):
+            for kernel, matrix in zip(kernels, matrices, strict=True):
+                kernel.grad = torch.randn_like(kernel)
+                matrix.grad = as_matrix(kernel.grad)
+            ours.step()
+            theirs.step()
+        for kernel, matrix, start in zip(kernels, matrices, before, strict=True):
+            difference = (as_matrix(kernel) - matrix).norm()
+            moved = (matrix - start).norm()
+            assert moved > 0.1
+            assert difference == 0 if bf16 else difference < 1e-3 * moved
 
 
 # ---- files and signals --------------------------------------------------------------------------
