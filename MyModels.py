@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from analyze_data import Parser
 
@@ -133,6 +132,8 @@ class ResNet18(nn.Module):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
+        from torchvision.models import resnet18  # here, for it takes as long as torch to import
+
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.net = resnet18(num_classes=NUM_CLASSES)
