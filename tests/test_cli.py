@@ -715,6 +715,9 @@ def test_out_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch, error: Ex
     monkeypatch.setattr(PathMNIST, "new_runs", fail)
     status, _, err = cli()
     assert status == 2 and "error: no; use a lower --batch-size" in only_line(err)
+    monkeypatch.setattr(PathMNIST, "evaluate_run", fail)  # where that flag is refused
+    status, _, err = cli("--evaluate", "runs/best")
+    assert status == 2 and only_line(err) == "error: no; use --device cpu"
 
 
 def test_an_argument_of_several_lines(cli: Callable) -> None:

@@ -336,3 +336,15 @@ def test_explain_with_a_long_name(cli: Callable, run_dir: Path, tmp_path: Path) 
     status, _, _ = cli("--predict", tile, "--explain", "--checkpoint", run_dir, "--log-dir", out)
     assert status == 0
     assert [path.name for path in out.glob("*.png")] == [f"0000-{'x' * 50}.png"]
+
+
+def test_the_terminal_shows_fifty_tiles_and_says_how_many_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    probs = np.eye(9, dtype=np.float32)[3]
+    path = tmp_path / "predictions.csv"
+    PathMNIST.write_predictions([(Path(f"{i}.png"), probs) for i in range(52)], path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 50 + 2 and lines[50].startswith("49.png")
+    assert lines[-2:] == ["... and 2 more", f"All nine probabilities of 52 tiles: {path}"]
+    assert len(read_csv(tmp_path)) == 52
