@@ -196,6 +196,13 @@ def test_the_whole_run_without_bf16_is_what_was_timed(report: str) -> None:
     assert f"{seconds / 89.996 / 10:.2f} s per 1,000 images" in " ".join(report.split())
 
 
+def test_what_muons_own_step_gains_is_what_was_timed(report: str) -> None:
+    lines = (ROOT / "tests" / "benchmarks" / "muon_avx2.txt").read_text().splitlines()[-2:]
+    before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
+    text = f"is {after / before:.1f} times as fast: {after:.0f} images/s against {before:.0f} with"
+    assert text in " ".join(report.split())
+
+
 def test_what_the_goals_would_take_is_reckoned_from_the_benchmark(report: str) -> None:
     step = json.loads((ROOT / "tests" / "benchmarks" / "speed_amd.json").read_text())["step"]
     for factor, other, text in (
