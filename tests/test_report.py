@@ -203,6 +203,18 @@ def test_what_muons_own_step_gains_is_what_was_timed(report: str) -> None:
     assert text in " ".join(report.split())
 
 
+def test_the_other_run_without_bf16_is_what_it_measured(report: str) -> None:
+    path = ROOT / "tests" / "benchmarks" / "speed_avx2_other.json"
+    step = json.loads(path.read_text())["step"]
+    ours, plain, nchw, resnet = (v for k, v in step.items() if k.startswith("training step"))
+    text = (
+        f"gave {step['GFLOP/s, default'] / step['GFLOP/s, matmul 4096']:.0%} of the peak, "
+        f"{ours / resnet:.1f} times the ResNet-18, {ours / nchw:.1f} times fp32 NCHW and a cost of "
+        f"{1 - ours / plain:.0%} for rounding"
+    )
+    assert text.replace("%", " %") in " ".join(report.split())
+
+
 def test_what_the_goals_would_take_is_reckoned_from_the_benchmark(report: str) -> None:
     step = json.loads((ROOT / "tests" / "benchmarks" / "speed_amd.json").read_text())["step"]
     for factor, other, text in (
