@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
-from sklearn.metrics import (
-    confusion_matrix,
-    precision_recall_fscore_support,
-    recall_score,
-    roc_auc_score,
-)
 
 from analyze_data import CLASS_NAMES, SHORT_NAMES
 
-if TYPE_CHECKING:  # imported where they are used: metrics need neither
+# Imported where they are used, so that a start need not wait for them: matplotlib, torch and
+# scikit-learn, which is a third of all that PathMNIST.py would import.
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor, nn
@@ -53,6 +49,8 @@ def validation_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         images). Probabilities that are not finite give a loss and an AUC of nan, so that the
         training loop can say what happened.
     """
+    from sklearn.metrics import recall_score
+
     predicted = probs.argmax(axis=1)
     # The smallest normal float32 keeps a probability that underflowed to 0 from giving inf.
     true_probs = np.maximum(probs[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
@@ -87,6 +85,8 @@ def compute_metrics(probs: np.ndarray, labels: np.ndarray, seed: int = 0) -> dic
         "per_class" {name: precision, recall, f1, support} (0 where undefined);
         "confusion_matrix" 9 x 9, rows true, columns predicted.
     """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     predicted = probs.argmax(axis=1)
     basics = validation_metrics(probs, labels)
     scores = precision_recall_fscore_support(labels, predicted, labels=CLASSES, zero_division=0)
@@ -114,6 +114,8 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> float:
     A class that has no images, or all of them, has no AUC and is left out of the mean; nan when
     none is left or when `probs` (N, 9) is not finite.
     """
+    from sklearn.metrics import roc_auc_score
+
     defined = [c for c in np.unique(labels) if np.any(labels != c)]
     if not defined or not np.isfinite(probs).all():
         return float("nan")

@@ -615,6 +615,12 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(script: str) -> None:
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
+def test_start_does_not_wait_for_what_is_needed_later() -> None:
+    later = "{'matplotlib', 'sklearn', 'torchvision'}"
+    code = f"import sys, PathMNIST; print({later} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
+
+
 def test_nobody_reads_the_output_of_predict(run_dir: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -431,8 +431,8 @@ def test_gradcam_figure_content():
         assert pixels[:, 29:] == pytest.approx(expected)
 
 
-def test_import_needs_neither_torch_nor_matplotlib():
-    code = "import sys, Evaluation; print({'torch', 'matplotlib'} & set(sys.modules))"
+def test_import_needs_neither_torch_nor_matplotlib_nor_sklearn():
+    code = "import sys, Evaluation; print({'torch', 'matplotlib', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
