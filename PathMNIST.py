@@ -78,6 +78,7 @@ from Training import (
 BEST = Path(__file__).resolve().parent / "runs" / "best"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "rounded")
+OPTIONS = frozenset(field.name for field in fields(Config))
 EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU 500 take half as long again each
 
 
@@ -340,7 +341,7 @@ def read_run(run_dir: Path) -> dict:
     path = run_dir / "config.json"
     try:
         settings = json.loads(path.read_text())
-        config = Config(**{field.name: settings["config"][field.name] for field in fields(Config)})
+        config = Config(**{name: settings["config"][name] for name in OPTIONS})
         seeds = settings.setdefault("seeds", [config.seed])
         texts = [settings["dataset"][key] for key in ("md5", "path")]
         if not (
@@ -748,8 +749,7 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
 
 def new_runs(args: dict) -> None:
     """Train one run, or with `--seeds` one per seed."""
-    names = {field.name for field in fields(Config)}
-    options = {key: value for key, value in args.items() if key in names}
+    options = {key: value for key, value in args.items() if key in OPTIONS}
     data = load_data(shared(lambda: find_data(args.get("data"))))
     if data.counts["val"] < world()[1]:
         raise UserError("more processes than val images; lower --nproc-per-node")
@@ -831,8 +831,7 @@ def evaluate_run(args: dict) -> None:
     settings = read_run(run_dir)
     if args.get("model", settings["config"].model) != settings["config"].model:
         raise UserError(f"--model {args['model']}: {run_dir} holds a {settings['config'].model}")
-    names = {field.name for field in fields(Config)} - {"model", "device"}
-    refuse(args, (*names, "seeds", "name", "log_dir"), "--evaluate")
+    refuse(args, (*OPTIONS - {"model", "device"}, "seeds", "name", "log_dir"), "--evaluate")
     data = data_of_run(args, settings, run_dir)
     config = resolve(
         replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
@@ -986,8 +985,7 @@ def main(argv: list[str] | None = None) -> int:
         if world()[0] > 0 and ("predict" in args or "evaluate" in args):
             return 0  # only training is shared
         if "predict" in args:
-            names = {field.name for field in fields(Config)} - {"device"}
-            refuse(args, (*names, "data", "seeds", "name"), "--predict")
+            refuse(args, (*OPTIONS - {"device"}, "data", "seeds", "name"), "--predict")
             checkpoint = args.get("checkpoint", BEST)
             device = resolve(Config(device=args.get("device", "auto")), 1).device
             out_dir = args.get("log_dir", Path("predictions"))

@@ -383,9 +383,10 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def orthogonalize(matrix: Tensor, steps: int, store: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return about the nearest orthogonal matrix: all singular values become about 1.
+    """Return the matrix with its singular values moved towards 1: about the nearest orthogonal one.
 
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon):
+    a step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2.
     `store` is what every intermediate result passes through, to be kept in bf16 or rounded to it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -401,10 +402,10 @@ def orthogonalize(matrix: Tensor, steps: int, store: Callable[[Tensor], Tensor])
 class ConvMuon(torch.optim.Optimizer):
     """Muon for convolution kernels, fast on processors without bf16 too.
 
-    Muon replaces the averaged gradient of a matrix (its momentum) by about the nearest orthogonal
-    matrix, so that all directions of a layer learn at one pace. A kernel (out, in, 3, 3) is taken
-    as a matrix (out, 3 * 3 * in). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv
-    2502.16982).
+    Muon moves the averaged gradient of a matrix (its momentum) towards the nearest orthogonal
+    matrix, so that its weak directions learn at nearly the pace of its strong ones. A kernel (out,
+    in, 3, 3) is taken as a matrix (out, 3 * 3 * in). Steps are scaled to the size of AdamW's (Liu
+    et al. 2025, arXiv 2502.16982).
 
     It steps as `torch.optim.Muon` does, which orthogonalises in bf16: where a processor has to
     emulate that, it can take longer than the rest of a training step. Without `bf16`, the
@@ -483,7 +484,7 @@ def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generato
     That is what makes a resumed run equal, bit for bit, one that was never interrupted.
     """
     rank, size = world()
-    number = ((config.seed * 100_003 + epoch) * size + rank) % 2**63
+    number = (config.seed * 100_003 + epoch) * size + rank
     loader.sampler.sampler.set_epoch(epoch)  # the order that the BatchSampler cuts into batches
     torch.manual_seed(number)
     return torch.Generator(config.device).manual_seed(number)
@@ -498,7 +499,7 @@ def train_one_epoch(
     epoch: int,
     bar: tqdm,
 ) -> dict[str, float]:
-    """Train on every image once; return the epoch's train figures and how long it took.
+    """Train for one epoch; return its train figures and how long it took.
 
     Cross-entropy and accuracy are means over the augmented images. An image with a pasted patch
     counts as right when its larger part's class is found.
@@ -597,9 +598,12 @@ def make_average(model: nn.Module, config: Config, total_steps: int):
 
 
 def synchronise_buffers(*models: nn.Module) -> None:
-    """Average the BatchNorm statistics of all processes, so that they hold one model."""
+    """Average what differs between processes, the BatchNorm statistics, so that all hold one model.
+
+    The weights, which are equal already, are averaged along with them.
+    """
     if dist.is_initialized():
-        for tensor in {id(t): t for model in models for t in float_state(model)}.values():
+        for tensor in sum(map(float_state, models), []):
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
 
