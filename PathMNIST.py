@@ -18,7 +18,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the process without
 import argparse
 import csv
 import errno
-import fcntl
 import io
 import json
 import math
@@ -34,6 +33,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not locked
+    fcntl = None
 
 import numpy as np
 import torch
@@ -298,7 +302,8 @@ def lock(run_dir: Path) -> io.IOBase:
     """Keep a second process out of a run's folder until the returned file is closed."""
     file = open(run_dir / ".lock", "w")  # noqa: SIM115 (stays open, the system closes it)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"{run_dir}: another process is training there; wait for it") from error
     return file

@@ -621,6 +621,11 @@ def test_start_does_not_wait_for_what_is_needed_later() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
+def test_start_without_locks_as_on_windows() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import PathMNIST; PathMNIST.main(['--help'])"
+    assert "--predict" in subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+
+
 def test_nobody_reads_the_output_of_predict(run_dir: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
