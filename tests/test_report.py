@@ -124,7 +124,7 @@ def test_what_rounding_gains_is_what_the_runs_say(report: str) -> None:
         assert f" | {' | '.join(cells)} |\n" in report
 
 
-@pytest.mark.parametrize("name", ["search", "search_small"])
+@pytest.mark.parametrize("name", ["search", "search_small", "search_adamw"])
 def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
     runs = (ROOT / "tests" / "benchmarks" / f"{name}.jsonl").read_text().splitlines()
     variants: dict[str, dict[int, dict]] = {}
