@@ -1,5 +1,6 @@
 """The tables of report.md, and README.md's main one, are what the files in the tree say."""
 
+import csv
 import json
 import statistics
 import sys
@@ -166,8 +167,6 @@ def test_cheaper_table_is_what_its_runs_say(report: str) -> None:
 
 def test_cutmix_explains_the_jumps_of_train_loss(report: str) -> None:
     """Replays what CutMix drew in each epoch of the committed run, on tiny black images."""
-    import csv
-
     import torch
 
     from Training import Config, augment, cutmix
@@ -208,6 +207,25 @@ def test_what_muons_own_step_gains_is_what_was_timed(report: str) -> None:
     before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
     text = f"is {after / before:.1f} times as fast: {after:.0f} images/s against {before:.0f} with"
     assert text in " ".join(report.split())
+
+
+def test_what_pooling_first_gains_is_what_was_timed(report: str) -> None:
+    path = ROOT / "tests" / "benchmarks" / "pooling_first_avx2.txt"
+    lines = path.read_text().splitlines()[-2:]
+    before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
+    text = f"is {after / before:.1f} times as fast: {after:.0f} images/s against {before:.0f} ("
+    assert text in " ".join(report.split())
+
+
+def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) -> None:
+    rows = list(csv.DictReader((BEST / "history.csv").read_text().splitlines()))
+    lowest, last = min(rows, key=lambda row: float(row["val_loss"])), rows[-1]
+    (a, x), (b, y) = [
+        (float(row["val_loss"]), float(row["val_accuracy"])) for row in (lowest, last)
+    ]
+    text = f"lowest at epoch {lowest['epoch']} ({a:.3f}, with an accuracy of {x:.3f}) and ends at "
+    assert f"{text}{b:.3f} ({y:.3f})." in " ".join(report.split())
+    assert b <= a + float(lowest["val_loss_se"])
 
 
 def test_the_other_run_without_bf16_is_what_it_measured(report: str) -> None:
