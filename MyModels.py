@@ -39,35 +39,27 @@ class Normalize(nn.Module):
 
 
 class SkipStage(nn.Module):
-    """Two 3x3 convolutions that halve the resolution, with a skip connection around both.
+    """Two 3x3 convolutions, each with BatchNorm, and a skip connection around both.
 
-    The main path is conv - MaxPool - BatchNorm - activation - conv - BatchNorm; pooling before
-    the first BatchNorm leaves only a quarter of the values to normalise and activate. The skip
-    path is MaxPool and a 1x1 convolution that matches the widths. (N, in, S, S) -> (N, out,
-    ceil(S / 2), ceil(S / 2)): of an odd size, the last row and column are pooled alone.
-
-    The last BatchNorm starts at zero, so that every stage starts as its skip path alone (Goyal
-    et al. 2017, arXiv 1706.02677, section 5.1).
+    The skip connection is a 1x1 convolution that matches the widths: (N, in, S, S) becomes
+    (N, out, S, S). The last BatchNorm starts at zero, so that every stage starts as its skip
+    connection alone (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.skip = nn.Sequential(
-            nn.MaxPool2d(2, ceil_mode=True),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-        )
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.act2 = nn.ReLU()
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn (N, in, S, S) into (N, out, ceil(S / 2), ceil(S / 2))."""
-        main = self.act1(self.norm1(self.pool(self.conv1(x))))
+        """Turn (N, in, S, S) into (N, out, S, S)."""
+        main = self.act1(self.norm1(self.conv1(x)))
         main = self.norm2(self.conv2(main))
         return self.act2(main + self.skip(x))
 
@@ -75,12 +67,16 @@ class SkipStage(nn.Module):
 class SkipCNN(nn.Module):
     """The project's CNN: a full-resolution stem, three skip stages and a dense head.
 
+    A MaxPool before each stage halves the resolution; of an odd size, the last row and column are
+    pooled alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the
+    values to normalise and activate.
+
     Parameters
     ----------
     mean, std : sequence of 3 floats
         Channel statistics of the training images, in units of [0, 1].
-    widths : sequence of 4 ints
-        Channels of the stem and of the three stages.
+    widths : sequence of 5 ints
+        Channels of the stem's two convolutions and of the three stages.
     dropout : float
         Probability of dropping a hidden unit of the head.
 
@@ -93,21 +89,29 @@ class SkipCNN(nn.Module):
         self,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
-        widths: Sequence[int] = (32, 64, 128, 160),
+        widths: Sequence[int] = (24, 48, 64, 96, 128),
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+            nn.Conv2d(widths[0], widths[1], 3, padding=1, bias=False),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.BatchNorm2d(widths[1]),
+            nn.ReLU(),
         )
-        self.stage1 = SkipStage(widths[0], widths[1])
-        self.stage2 = SkipStage(widths[1], widths[2])
-        self.stage3 = SkipStage(widths[2], widths[3])
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.stage1 = SkipStage(widths[1], widths[2])
+        self.pool1 = nn.MaxPool2d(2, ceil_mode=True)
+        self.stage2 = SkipStage(widths[2], widths[3])
+        self.pool2 = nn.MaxPool2d(2, ceil_mode=True)
+        self.stage3 = SkipStage(widths[3], widths[4])
+        self.pool3 = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(widths[3], 128),
+            nn.Linear(widths[4], 128),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(128, NUM_CLASSES),
@@ -115,9 +119,10 @@ class SkipCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
-        x = self.stem(self.normalize(images))
-        x = self.stage3(self.stage2(self.stage1(x)))
-        return self.head(self.pool(x))
+        x = self.stage1(self.stem(self.normalize(images)))
+        x = self.stage2(self.pool1(x))
+        x = self.stage3(self.pool2(x))
+        return self.head(self.pool3(x))
 
 
 class ResNet18(nn.Module):
