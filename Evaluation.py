@@ -391,20 +391,24 @@ def examples_figure(
 ) -> "Figure":
     """Draw at most `n` correctly (or incorrectly) classified images, drawn with `seed`.
 
-    One of each true class comes first, as far as there are any, then the others.
+    One of each class, or of each confusion (the commonest first), as far as there is room; then
+    others. They are sorted by true class.
 
     `images` uint8 (N, S, S, 3), `labels` (N,), `probs` (N, 9).
     """
     candidates = np.flatnonzero((probs.argmax(axis=1) == labels) == correct)
     drawn = np.random.default_rng(seed).permutation(candidates)
-    _, firsts = np.unique(labels[drawn], return_index=True)
+    pairs = np.stack([labels[drawn], probs[drawn].argmax(axis=1)])
+    _, firsts, sizes = np.unique(pairs, axis=1, return_index=True, return_counts=True)
+    firsts = firsts[np.argsort(-sizes, kind="stable")]
     chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:n]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     kind = "Correctly" if correct else "Incorrectly"
     caption = (
         f"{kind} classified: {len(candidates):,} of {len(labels):,} images. "
-        f"Shown: {len(chosen)}, drawn at random (seed {seed}), one of each true class first; the "
-        f"percentage is the probability of the predicted class.\n{CODES}"
+        f"Shown: {len(chosen)}, drawn at random (seed {seed}), one of each "
+        f"{'class' if correct else 'confusion (commonest first)'}, then others; percentage: "
+        f"probability of the predicted class.\n{CODES}"
     )
     titles = [_verdict(probs[index], labels[index]) for index in chosen]
     text = (f"{kind} classified images", note, caption)
@@ -555,8 +559,9 @@ def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[t
         arrow(GREY, (path, middle), (path, total + 0.15))
         box(side, middle, textwrap.fill(skip, 14), ORANGE)
         box(path, total, f"add, {after}", BLUE)
-    arrow(GREY, (path, top), (path, middle + (0.25 if skips else 0.15)))
-    box(path, middle, textwrap.fill(before, 36), BLUE)
+    layers = textwrap.fill(before, 36)
+    arrow(GREY, (path, top), (path, middle + (0.25 if "\n" in layers else 0.15)))
+    box(path, middle, layers, BLUE)
     axes.plot([path, path], [total if skips else middle, top - height], color=GREY, linewidth=1.5)
     axes.text(0.9, middle, name, ha="right", va="center", weight="bold", fontsize=11)
     shape, count = rows[-1][3], sum(row[4] for row in rows)

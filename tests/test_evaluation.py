@@ -376,6 +376,17 @@ def test_examples_are_of_every_class():
     assert shown == ["ADI"] * 4 + list(SHORT_NAMES[1:])
 
 
+def test_the_commonest_confusions_come_first():
+    labels = np.array([0, 0, 0, 0, 4, 4, 4, 8])  # all called BACK but one MUC, called TUM
+    guesses = np.array([1, 1, 1, 1, 1, 1, 8, 1])
+    for seed in range(5):
+        figure = Evaluation.examples_figure(
+            make_images(8), labels, np.eye(9)[guesses], False, n=2, seed=seed
+        )
+        shown = [axes.get_title(loc="left").split() for axes in figure.axes if axes.get_visible()]
+        assert [(title[1], title[3]) for title in shown] == [("ADI", "BACK"), ("MUC", "BACK")]
+
+
 def test_examples_without_any():
     figure = FIGURES["none"]("")
     assert "No image was incorrectly classified." in check_legible(figure)
