@@ -73,6 +73,7 @@ from Training import (
     load_checkpoint,
     load_weights,
     predict,
+    read_history,
     resolve,
     to_float,
     world,
@@ -109,6 +110,11 @@ def run_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name of letters, digits, ._+-")
     return text
+
+
+def as_path(text: str) -> Path:
+    """Argparse type: a path, where a leading ~ is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def build_parser() -> Parser:
@@ -160,18 +166,18 @@ def build_parser() -> Parser:
     )
     add(
         "--log-dir",
-        type=Path,
+        type=as_path,
         help="folder of all runs (default: runs), or of predictions (predictions)",
     )
     add("--name", type=run_name, help="the run's folder (default: model, seed and time)")
     add("--embeddings", action="store_true", help="add val tiles to TensorBoard's projector")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
-    mode.add_argument("--evaluate", type=Path, metavar="RUN", help="evaluate a finished run")
-    mode.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="classify images")
+    mode.add_argument("--resume", type=as_path, metavar="RUN", help="continue an interrupted run")
+    mode.add_argument("--evaluate", type=as_path, metavar="RUN", help="evaluate a finished run")
+    mode.add_argument("--predict", type=as_path, nargs="+", metavar="PATH", help="classify images")
     add(
         "--checkpoint",
-        type=Path,
+        type=as_path,
         metavar="RUN",
         help="for --predict (default: runs/best); of a run of several seeds, their ensemble",
     )
@@ -180,6 +186,15 @@ def build_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------ data and model
+
+
+class BatchDataset(TensorDataset):
+    """A `TensorDataset` that is asked for whole batches; a GPU is not waited for meanwhile."""
+
+    def __getitem__(self, index: list[int]) -> tuple[torch.Tensor, ...]:
+        """Return the rows of each tensor with these indices, on the tensors' device."""
+        device = self.tensors[0].device
+        return super().__getitem__(torch.tensor(index).to(device, non_blocking=True))
 
 
 def make_loader(
@@ -193,7 +208,8 @@ def make_loader(
     """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,).
 
     One index fetches a whole batch out of one tensor (`batch_size=None` with a `BatchSampler`):
-    no image is ever handled alone. On a GPU the split lies in the device's memory.
+    no image is ever handled alone. For a GPU the split lies in its memory, if it takes no more
+    than half of what is free there.
 
     Parameters
     ----------
@@ -209,18 +225,19 @@ def make_loader(
         Without a seed too, each of several processes gets its own share.
     """
     tensors = [torch.from_numpy(array) for array in (data.images[split], data.labels[split])]
-    if device == "cuda":
-        tensors = [tensor.to(device) for tensor in tensors]
-    dataset = TensorDataset(*tensors)
+    pinned = device == "cuda"
+    if pinned and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info()[0] / 2:
+        tensors, pinned = [tensor.to(device) for tensor in tensors], False
+    load = partial(DataLoader, BatchDataset(*tensors), batch_size=None, pin_memory=pinned)
     rank, size = world()
     if shuffle_seed is None:
         first, step = (rank, size) if shared_out else (0, 1)
-        order: Iterable[int] = range(first, len(dataset), step)
-        return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, False))
-    order = DistributedSampler(dataset, size, rank, seed=shuffle_seed * 100_003)
+        order: Iterable[int] = range(first, len(tensors[0]), step)
+        return load(sampler=BatchSampler(order, batch_size, False))
+    order = DistributedSampler(tensors[0], size, rank, seed=shuffle_seed * 100_003)
     # One image's statistics are no basis for BatchNorm: such a last batch waits for another epoch.
     drop_last = len(order) % batch_size == 1 and len(order) > 1
-    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
+    return load(sampler=BatchSampler(order, batch_size, drop_last))
 
 
 def eval_batch(size: int) -> int:
@@ -304,8 +321,10 @@ def lock(run_dir: Path) -> io.IOBase:
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UserError(f"{run_dir}: another process is training there; wait for it") from error
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -323,7 +342,8 @@ def say_how_to_resume(run_dir: Path) -> Iterator[None]:
 def resume_command(run_dir: Path, processes: int) -> str:
     """Return what to type to continue a run."""
     start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
-    return f"{start} PathMNIST.py --resume {shlex.quote(str(run_dir))}"
+    script = shlex.quote(os.path.relpath(__file__))
+    return f"{start} {script} --resume {shlex.quote(str(run_dir))}"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -356,6 +376,7 @@ def read_run(run_dir: Path) -> dict:
             and config.device in DEVICES[1:]  # "auto" is resolved before it is written
             and config.precision in PRECISIONS[1:]
             and all(isinstance(text, str) for text in texts)
+            and isinstance(settings["dataset"]["counts"]["train"], int)
             and isinstance(seeds, list)
             and all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in seeds)
             and len(set(seeds)) == len(seeds) >= 1
@@ -408,19 +429,26 @@ def train(data: PathData, config: Config, run_dir: Path) -> dict:
         identity = {"md5": data.md5, "size": data.size, "kind": data.kind}
         log_epoch = partial(log_confusion, writer, config, figure_note(data))
         history = fit(model, train_loader, val_loader, config, run_dir, writer, identity, log_epoch)
-        seconds = sum(row["seconds"] for row in history)
-        training = {
-            "seed": config.seed,
-            "best_epoch": best_epoch(history),
-            "epochs": len(history),
-            "train_seconds": seconds,
-            "images_per_second": len(history) * data.counts["train"] / seconds,
-        }
-        results = evaluate(model, config, data, run_dir, training, writer, history)
+        training = how_trained(history, config.seed, data.counts["train"])
+        results = evaluate(model, config, data, run_dir, training, history, writer)
         log_end(writer, config, results)
         if config.embeddings:
             log_embeddings(writer, model, data)
     return results
+
+
+def how_trained(history: Sequence[dict], seed: int, images: int) -> dict:
+    """Return what metrics.json says about the training; without a history, the seed alone."""
+    if not history:
+        return {"seed": seed}
+    seconds = sum(row["seconds"] for row in history)
+    return {
+        "seed": seed,
+        "best_epoch": best_epoch(history),
+        "epochs": len(history),
+        "train_seconds": seconds,
+        "images_per_second": len(history) * images / seconds,
+    }
 
 
 def announce(
@@ -441,15 +469,15 @@ def evaluate(
     data: PathData,
     out_dir: Path,
     training: dict,
+    history: Sequence[dict],
     writer: SummaryWriter | None = None,
-    history: Sequence[dict] = (),
 ) -> dict:
     """Evaluate on val and test, write metrics, predictions and figures into `out_dir`.
 
-    `training` is what metrics.json says about how the model came about. The test split is read
-    here, after training, and never before. Results are logged one step after the last epoch: what
-    a run logs twice because it was stopped here and resumed, TensorBoard then shows once (see
-    `purge_step`).
+    `training` is what metrics.json says about how the model came about; the learning curves are
+    drawn from `history`, if it is not empty. The test split is read here, after training, and never
+    before. Results are logged one step after the last epoch: what a run logs twice because it was
+    stopped here and resumed, TensorBoard then shows once (see `purge_step`).
     """
     note = figure_note(data)
     probs, metrics = {}, {}
@@ -621,7 +649,8 @@ def log_embeddings(writer: SummaryWriter, model: nn.Module, data: PathData) -> N
     probs, labels = predict(model, loader)
     hook.remove()
     names = [[CLASS_NAMES[i] for i in pair] for pair in zip(labels, probs.argmax(1), strict=True)]
-    tiles = to_float(torch.from_numpy(data.images["val"]))
+    step = data.size // 28  # of larger tiles every second (fourth, eighth) pixel: 28 to 32 px
+    tiles = to_float(torch.from_numpy(data.images["val"][:, ::step, ::step]))
     header = ["true class", "predicted class"]
     writer.add_embedding(torch.cat(features), names, tiles, tag="val", metadata_header=header)
 
@@ -754,13 +783,14 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
 
 def new_runs(args: dict) -> None:
     """Train one run, or with `--seeds` one per seed."""
-    options = {key: value for key, value in args.items() if key in OPTIONS}
+    config = Config(**{key: value for key, value in args.items() if key in OPTIONS})
+    resolve(config, 1)  # is the device there? Before anything is downloaded
     data = load_data(shared(lambda: find_data(args.get("data"))))
     if data.counts["val"] < world()[1]:
         raise UserError("more processes than val images; lower --nproc-per-node")
     seeds = list(dict.fromkeys(args.get("seeds", [args.get("seed", Config.seed)])))
     log_dir = args.get("log_dir", Path("runs"))
-    config = resolve(Config(**options), max(1, data.counts["train"] // world()[1]))
+    config = resolve(config, max(1, data.counts["train"] // world()[1]))
     names = "-".join(map(str, seeds))[:50]
     name = f"{config.model}-seed{names}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = args.get("name", f"synthetic-{name}" if data.kind == "synthetic" else name)
@@ -849,11 +879,18 @@ def evaluate_run(args: dict) -> None:
     if data.md5 != settings["dataset"]["md5"]:
         below = f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
         print(f"Not the data that {run_dir} was trained on: results go to {run_dir / below}.")
+    images = settings["dataset"]["counts"]["train"]
     runs = []
     for seed, folder, model in zip(seeds, folders, models, strict=True):
         out_dir = folder / below
         out_dir.mkdir(exist_ok=True)
-        runs.append(evaluate(model, config, data, out_dir, how_trained(folder, seed)))
+        history = read_history(folder / "history.csv")
+        training = how_trained(history, seed, images)
+        done = len(history)
+        if 0 < done < config.epochs and done - training["best_epoch"] < config.patience:
+            print(f"{folder}: stopped after {done} of {config.epochs} epochs; --resume finishes it")
+        curves = history if below == "." else []
+        runs.append(evaluate(model, config, data, out_dir, training, curves))
         summarise(runs[-1], out_dir, run_dir.parent)
     if len(runs) > 1:
         (run_dir / below).mkdir(exist_ok=True)
@@ -872,16 +909,6 @@ def load_finished(run_dir: Path, config: Config, data: PathData) -> nn.Module:
     if size != data.size:
         raise UserError(f"{data.path}: images of {data.size} px, but {run_dir} knows {size} px")
     return model
-
-
-def how_trained(run_dir: Path, seed: int) -> dict:
-    """Return what a run's metrics.json says about its training, or, without one, its seed."""
-    try:
-        old = json.loads((run_dir / "metrics.json").read_text())
-        keys = ("seed", "best_epoch", "epochs", "train_seconds", "images_per_second")
-        return {key: old[key] for key in keys}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"seed": seed}
 
 
 def refuse(args: dict, names: Sequence[str], mode: str) -> None:
@@ -1007,8 +1034,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return end_of_pipe()
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        text = str(error).partition("\n")[0]
+    except (MemoryError, RuntimeError) as error:  # a CPU's lack is a RuntimeError like any other
+        text = str(error).partition("\n")[0].rpartition("Allocator: ")[2]
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in text:
+            raise
         remedy = "" if "predict" in args or "evaluate" in args else "a lower --batch-size, or "
         print(f"error: {text}; use {remedy}--device cpu", file=sys.stderr)
         return 2

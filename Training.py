@@ -44,7 +44,8 @@ CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_lo
 CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
 
 # Haematoxylin, eosin and, for what is neither, DAB in optical density (Ruifrok & Johnston 2001).
-HED = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+HED = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
+TO_HED = torch.linalg.inv(HED)
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,11 @@ def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Te
     2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1], and may leave that range.
     """
     n, _, size, _ = images.shape
-    stains = torch.tensor(HED, device=images.device)
+    stains, to_stains = (m.to(images.device, non_blocking=True) for m in (HED, TO_HED))
     gain = uniform(generator, 1 - width, 1 + width, n, 3, 1)
     shift = uniform(generator, -width / 4, width / 4, n, 1, 3) @ stains
     density = -images.clamp_min(1 / 255).log().permute(0, 2, 3, 1).flatten(1, 2)
-    density = torch.baddbmm(shift, density, torch.linalg.inv(stains) @ (gain * stains))
+    density = torch.baddbmm(shift, density, to_stains @ (gain * stains))
     return density.neg_().exp_().view(n, size, size, 3).permute(0, 3, 1, 2)
 
 
@@ -334,7 +335,8 @@ def predict(model: nn.Module, loader: DataLoader, views: int = 1) -> tuple[np.nd
     """Return class probabilities and labels of every image in the loader, in its order.
 
     The one path to probabilities: validation, test, figures and new tiles all come here. It is
-    computed in float32, whatever the training precision, and changes nothing in the model.
+    computed in float32, whatever the training precision (a GPU's convolutions in TF32, as is
+    PyTorch's default), and changes nothing in the model.
 
     Parameters
     ----------
@@ -504,7 +506,7 @@ def train_one_epoch(
     Cross-entropy and accuracy are means over the augmented images. An image with a pasted patch
     counts as right when its larger part's class is found.
 
-    Sums stay on the device until the end, so a GPU is never waited for inside the epoch.
+    Sums stay on the device until the end: no step waits for what a GPU has computed.
     """
     start = time.perf_counter()
     net.train()
@@ -832,3 +834,15 @@ def write_history(path: Path, history: Sequence[dict]) -> None:
     table.writeheader()
     table.writerows(history)
     write_atomically(path, buffer.getvalue().encode())
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Return what `write_history` wrote, without the recall; nothing where it cannot be read."""
+    try:
+        with open(path, newline="") as file:
+            return [
+                {"epoch": int(row.pop("epoch"))} | {key: float(row[key]) for key in CSV_FIELDS[1:]}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -120,10 +121,9 @@ def test_evaluate_reproduces_the_metrics_exactly(cli: Callable, run_dir: Path) -
     shutil.rmtree(run_dir / "figures")
     (run_dir / "metrics.json").unlink()
     status, out, err = cli("--evaluate", run_dir, "--device", "cpu")
-    assert (status, err) == (0, "")
-    after = read_metrics(run_dir)
-    for split in SPLITS:
-        assert after[split] == before[split], split
+    assert (status, err) == (0, "") and "stopped after" not in out
+    assert read_metrics(run_dir) == before
+    assert (run_dir / "figures" / "learning_curves.png").exists()
     assert f"{before['test']['accuracy']:.4f}" in out
     assert (run_dir / "figures" / "confusion_test.png").stat().st_size > 10_000
     assert (run_dir / "best.pt").read_bytes() == weights
@@ -592,12 +592,48 @@ def test_evaluate_inside_the_runs_folder(
     assert status == 0 and predictions.name.endswith("@copy.csv")
 
 
-def test_evaluate_where_metrics_json_is_of_no_use(
-    cli: Callable, run_dir: Path, no_figures: None
+@pytest.mark.parametrize("history", [b"", b"epoch,lr\n1,x\n", b"\xff\n", b"a\nb,c\n"])
+def test_evaluate_where_the_history_is_of_no_use(
+    cli: Callable, run_dir: Path, no_figures: None, history: bytes
 ) -> None:
-    (run_dir / "metrics.json").write_text("[]")
+    (run_dir / "history.csv").write_bytes(history)
     status, _, _ = cli("--evaluate", run_dir, "--device", "cpu")
     assert status == 0 and read_metrics(run_dir)["seed"] == 0
+
+
+def test_evaluate_says_that_a_run_is_not_finished(
+    cli: Callable, run_dir: Path, no_figures: None
+) -> None:
+    lines = (run_dir / "history.csv").read_text().splitlines()
+    (run_dir / "history.csv").write_text("\n".join(lines[:2]) + "\n")
+    status, out, _ = cli("--evaluate", run_dir, "--device", "cpu")
+    assert status == 0 and "stopped after 1 of 3 epochs; --resume" in out
+    assert read_metrics(run_dir)["epochs"] == 1
+
+
+def test_the_command_that_resumes_works_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(PathMNIST.resume_command(Path("runs/x"), 1))
+    assert (tmp_path / command[1]).samefile(ROOT / "PathMNIST.py") and command[3] == "runs/x"
+
+
+def test_a_home_folder_that_the_shell_did_not_expand(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, _, err = cli("--evaluate=~/no-run")
+    assert f"error: {tmp_path / 'no-run'}: not the folder of a run" in only_line(err)
+
+
+def test_the_device_is_looked_for_before_the_data(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(PathMNIST, "find_data", lambda _data: pytest.fail("looked for"))
+    status, _, err = cli("--device", "cuda")
+    assert status == 2 and "--device cuda" in only_line(err)
 
 
 @pytest.mark.parametrize("script", ["PathMNIST.py", "analyze_data.py"])
@@ -718,17 +754,39 @@ def test_a_full_disk_behind_stdout(tiny: Path, run_dir: Path, tmp_path: Path, sc
     assert process.returncode == 2 and "free some space" in only_line(process.stderr)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no\nmore")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        torch.OutOfMemoryError("no\nmore"),
+        RuntimeError("x DefaultCPUAllocator: no: can't allocate memory"),
+    ],
+)
 def test_out_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(_args: dict) -> None:
         raise error
 
     monkeypatch.setattr(PathMNIST, "new_runs", fail)
     status, _, err = cli()
-    assert status == 2 and "error: no; use a lower --batch-size" in only_line(err)
+    assert status == 2 and only_line(err).startswith("error: no")
+    assert "; use a lower --batch-size" in err
     monkeypatch.setattr(PathMNIST, "evaluate_run", fail)  # where that flag is refused
     status, _, err = cli("--evaluate", "runs/best")
-    assert status == 2 and only_line(err) == "error: no; use --device cpu"
+    assert status == 2 and only_line(err).endswith("; use --device cpu")
+
+
+def test_the_cpus_own_lack_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PathMNIST, "new_runs", lambda _args: torch.empty(1 << 46))
+    status, _, err = cli()
+    assert status == 2 and "memory" in only_line(err) and "--batch-size" in err
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PathMNIST, "new_runs", lambda _args: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli()
 
 
 def test_an_argument_of_several_lines(cli: Callable) -> None:

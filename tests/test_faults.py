@@ -3,6 +3,7 @@
 Kills at many more moments: python tests/kill_runs.py --kills 30
 """
 
+import errno
 import io
 import os
 import pickle
@@ -210,6 +211,15 @@ def test_a_second_process_may_not_resume_the_same_run(cli: Callable, run_dir: Pa
     after = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
     assert after.pop(run_dir / ".lock") and before.pop(run_dir / ".lock")
     assert after == before
+
+
+def test_a_file_system_without_locks(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_args: object) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(PathMNIST.fcntl, "flock", flock)
+    with PathMNIST.lock(run_dir) as file:
+        assert not file.closed
 
 
 def test_two_processes_make_the_same_weights(

@@ -141,7 +141,7 @@ def test_augmentation_keeps_each_image_in_its_place() -> None:
 def test_stain_jitter_scales_and_shifts_each_stain_in_optical_density() -> None:
     images = to_float(torch.from_numpy(np.stack([asymmetric().clip(30, 220)] * 20)))
     jittered = Training.stain_jitter(images, torch.Generator().manual_seed(0), 0.2)
-    to_stains = torch.linalg.inv(torch.tensor(Training.HED, dtype=torch.float64))
+    to_stains = torch.linalg.inv(Training.HED.double())
     gains = []
     for before, after in zip(images.double(), jittered.double(), strict=True):
         x, y = (-t.log().flatten(1).T @ to_stains for t in (before, after))
@@ -180,6 +180,15 @@ def test_augmentation_changes_nothing_when_it_is_off() -> None:
     views = augment(batch, torch.Generator().manual_seed(0), replace(CONFIG, **PLAIN))
     expected = asymmetric().transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
     assert np.array_equal(views.numpy(), expected)
+
+
+def test_what_half_of_the_gpus_memory_cannot_hold_stays_in_the_computers(
+    data: PathData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    loader = make_loader(data, "train", 16, "cuda", 0)
+    assert {tensor.device.type for tensor in loader.dataset.tensors} == {"cpu"}
+    assert loader.pin_memory
 
 
 def test_training_sees_every_image_once_with_its_label(data: PathData) -> None:
