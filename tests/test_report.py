@@ -56,8 +56,8 @@ def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: di
 @pytest.mark.parametrize(
     "name",
     [
-        *("accuracy", "wider/accuracy", "wider/accuracy_amd", "wider/accuracy_fp32"),
-        *("wider/accuracy_avx2", "speed"),
+        *("accuracy", "accuracy_parts", "speed"),
+        *("wider/accuracy", "wider/accuracy_amd", "wider/accuracy_fp32", "wider/accuracy_avx2"),
     ],
 )
 def test_benchmark_tables_are_what_the_benchmarks_wrote(report: str, name: str) -> None:
@@ -110,6 +110,36 @@ def test_headline_is_the_mean_of_the_runs(report: str) -> None:
         f"and {above[1]:.0f} points above the small CNN."
     )
     assert text in " ".join(report.split())
+
+
+def test_what_the_parts_are_worth_is_what_the_runs_say(report: str) -> None:
+    base, parts = benchmark_rows("accuracy")["default"], benchmark_rows("accuracy_parts")
+    table = []
+    for name, row in parts.items():
+        part = name.removeprefix("default without ")
+        if part == name:
+            continue
+        count = len(row["seeds"])
+        assert row["seeds"] == base["seeds"][:count]
+        cells = [part, str(count)]
+        for key in ("val", "shift", "test", "test_tta"):
+            pairs = zip(base[key]["runs"], row[key]["runs"], strict=False)
+            gains = [with_it - without for with_it, without in pairs]
+            error = statistics.stdev(gains) / count**0.5
+            cells.append(f"{statistics.mean(gains):+.3f} ({error:.3f})")
+        table.append(f"| {' | '.join(cells)} |")
+    assert len(table) == 5 and rows_missing("\n".join(table), report) == []
+    text = " ".join(report.split())
+    colour = parts["default without colour augmentation"]
+    steps = [
+        f"from {statistics.mean(base[key]['runs'][:3]):.3f} to {colour[key]['mean']:.3f}"
+        for key in ("val", "shift", "test")
+    ]
+    said = "without it val goes {}, val under simulated shift {} and test {}."
+    assert said.format(*steps) in text
+    few = parts["default, 400 training images"]
+    steps = [f"from {few[key]['mean']:.3f} to {base[key]['mean']:.3f}" for key in ("val", "test")]
+    assert "val still rises {} and test {}, and no curve is flat".format(*steps) in text
 
 
 def test_the_wider_networks_figures_are_those_of_its_runs(report: str) -> None:
