@@ -258,8 +258,9 @@ def test_cutmix_explains_the_jumps_of_train_loss(report: str) -> None:
     assert f"correlation of {correlation:.2f}" in " ".join(report.split())
 
 
-def test_the_whole_run_without_bf16_is_what_was_timed(report: str) -> None:
-    timed = (ROOT / "tests" / "benchmarks" / "wider" / "full_fp32.txt").read_text().split()
+@pytest.mark.parametrize("name", ["full_avx2", "wider/full_fp32"])
+def test_the_whole_run_without_bf16_is_what_was_timed(report: str, name: str) -> None:
+    timed = (ROOT / "tests" / "benchmarks" / f"{name}.txt").read_text().split()
     seconds = sum(s * 60**i for i, s in enumerate(map(int, reversed(timed[-7].split(":")))))
     mebibytes = int(timed[-1]) / 1024
     assert f"took {seconds:,} s and {mebibytes:,.0f} MiB" in " ".join(report.split())
