@@ -355,8 +355,12 @@ def main() -> None:
                 for name, runs in results.items()
                 if len(runs) == len(args.seeds[: chosen[name]])
             }
-            about = {"md5": data.md5, "counts": data.counts, "jobs": args.jobs, "rows": full}
-            args.out.write_text(json.dumps(about, indent=1) + "\n")
+            about = {"md5": data.md5, "counts": data.counts, "jobs": args.jobs}
+            about |= {
+                "torch": torch.__version__,
+                "precision": resolve(Config(device="cpu"), 1).precision,
+            }
+            args.out.write_text(json.dumps({**about, "rows": full}, indent=1) + "\n")
     print(markdown(full))
     if not args.rows:
         figure = curve_figure(full, data.counts["train"])
