@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: di
 @pytest.mark.parametrize(
     "name",
     [
-        *("accuracy", "accuracy_parts", "speed"),
+        *("accuracy", "accuracy_avx2", "accuracy_parts_avx2", "speed"),
         *("wider/accuracy", "wider/accuracy_amd", "wider/accuracy_fp32", "wider/accuracy_avx2"),
     ],
 )
@@ -110,34 +111,45 @@ def test_headline_is_the_mean_of_the_runs(report: str) -> None:
         f"and {above[1]:.0f} points above the small CNN."
     )
     assert text in " ".join(report.split())
+    there = benchmark_rows("accuracy_avx2")["default"]
+    ten = [spread(ours[key]["runs"] + there[key]["runs"]) for key in ("test", "test_tta")]
+    said = f"Over these ten runs, of the same five seeds, the means are {ten[0]} and {ten[1]}."
+    assert said in " ".join(report.split())
+
+
+def differences(pairs: list[tuple[dict, dict]]) -> str:
+    """Return a row's cells: the first less the second, run by run, as mean and its error."""
+    cells = []
+    for key in ("val", "shift", "test", "test_tta"):
+        both = [zip(a[key]["runs"], b[key]["runs"], strict=False) for a, b in pairs]
+        gains = [first - second for runs in both for first, second in runs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        cells.append(f"{statistics.mean(gains):+.3f} ({error:.3f})")
+    return " | ".join(cells)
 
 
 def test_what_the_parts_are_worth_is_what_the_runs_say(report: str) -> None:
-    base, parts = benchmark_rows("accuracy")["default"], benchmark_rows("accuracy_parts")
+    here, there = benchmark_rows("accuracy"), benchmark_rows("accuracy_avx2")
+    parts = benchmark_rows("accuracy_parts_avx2")
     table = []
     for name, row in parts.items():
         part = name.removeprefix("default without ")
         if part == name:
             continue
-        count = len(row["seeds"])
-        assert row["seeds"] == base["seeds"][:count]
-        cells = [part, str(count)]
-        for key in ("val", "shift", "test", "test_tta"):
-            pairs = zip(base[key]["runs"], row[key]["runs"], strict=False)
-            gains = [with_it - without for with_it, without in pairs]
-            error = statistics.stdev(gains) / count**0.5
-            cells.append(f"{statistics.mean(gains):+.3f} ({error:.3f})")
-        table.append(f"| {' | '.join(cells)} |")
+        pairs = [(here["default"], here[name]), (there["default"], row)]
+        for base, without in pairs:
+            assert without["seeds"] == base["seeds"][: len(without["seeds"])]
+        table.append(f"| {part} | {2 * len(row['seeds'])} | {differences(pairs)} |")
     assert len(table) == 5 and rows_missing("\n".join(table), report) == []
     text = " ".join(report.split())
-    colour = parts["default without colour augmentation"]
+    base, colour = here["default"], here["default without colour augmentation"]
     steps = [
         f"from {statistics.mean(base[key]['runs'][:3]):.3f} to {colour[key]['mean']:.3f}"
         for key in ("val", "shift", "test")
     ]
     said = "without it val goes {}, val under simulated shift {} and test {}."
     assert said.format(*steps) in text
-    few = parts["default, 400 training images"]
+    few = here["default, 400 training images"]
     steps = [f"from {few[key]['mean']:.3f} to {base[key]['mean']:.3f}" for key in ("val", "test")]
     assert "val still rises {} and test {}, and no curve is flat".format(*steps) in text
 
@@ -176,21 +188,15 @@ def test_the_wider_networks_speed_is_what_was_measured(report: str) -> None:
 
 def test_what_rounding_gains_is_what_the_runs_say(report: str) -> None:
     two, three = map(benchmark_rows, ("wider/accuracy_fp32", "wider/accuracy_amd"))
+    here = benchmark_rows("accuracy")
     names = ("default", "default without rounding to bf16")
-    ten = [(two[name], two[f"{name}, other seeds"]) for name in names]
-    five = [(three[name],) for name in names]
-    fifteen = [many + few for many, few in zip(ten, five, strict=True)]
-    for groups in (ten, five, fifteen):
-        cells = []
-        for key in ("val", "shift", "test", "test_tta"):
-            pairs = [[x for row in rows for x in row[key]["runs"]] for rows in groups]
-            gains = [a - b for a, b in zip(*pairs, strict=True)]
-            error = statistics.stdev(gains) / len(gains) ** 0.5
-            cells.append(f"{statistics.mean(gains):+.3f} ({error:.3f})")
-        assert f" | {' | '.join(cells)} |\n" in report
+    ten = [tuple(two[name + more] for name in names) for more in ("", ", other seeds")]
+    wider, present = ([tuple(rows[name] for name in names)] for rows in (three, here))
+    for pairs in (ten, wider, ten + wider, present):
+        assert f" | {differences(pairs)} |\n" in report
 
 
-@pytest.mark.parametrize("name", ["search", "search_small", "search_adamw"])
+@pytest.mark.parametrize("name", ["search", "search_small", "search_adamw", "search_blocks"])
 def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
     runs = (ROOT / "tests" / "benchmarks" / f"{name}.jsonl").read_text().splitlines()
     variants: dict[str, dict[int, dict]] = {}
@@ -276,7 +282,8 @@ def test_what_muons_own_step_gains_is_what_was_timed(report: str) -> None:
 def test_what_the_narrower_network_gains_is_what_was_timed(report: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "narrower_avx2.txt").read_text().splitlines()[-2:]
     before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
-    text = f"{after / before:.1f} times as fast: {after:.0f} images/s against {before:.0f} (medians"
+    text = f"{after / before:.1f} times as fast without bf16: {after:.0f} images/s"
+    text += f" against {before:.0f} (medians"
     assert text in " ".join(report.split())
 
 
@@ -295,6 +302,27 @@ def test_what_the_narrower_network_costs_is_what_its_folds_say(report: str) -> N
     single = "is {:.3f} higher, standard error {:.3f}.)".format(*cells[4])
     for text in (means, errors, single):
         assert text in " ".join(report.split())
+
+
+def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: str) -> None:
+    names = [("accuracy", "wider/accuracy_amd"), ("accuracy_avx2", "wider/accuracy_avx2")]
+    here, there = [tuple(benchmark_rows(name)["default"] for name in pair) for pair in names]
+    one, two, both = (
+        [tuple(re.findall(r"[-+.\d]+", cell)) for cell in differences(pairs).split(" | ")]
+        for pairs in ([here], [there], [here, there])
+    )
+    ensemble = here[1]["ensemble_test_tta"] - here[0]["ensemble_test_tta"]
+    text = " ".join(report.partition("**What speaks against it**")[2].split())
+    (val, error), _, test, views = one
+    for said in (
+        f"val is {val[1:]} lower (mean of the paired differences; standard error over the seeds "
+        f"{error})",
+        f"({test[0][1:]}, {views[0][1:]} over eight views, {ensemble:.3f} for the ensemble)",
+        f"its val was {two[0][0][1:]} higher ({two[0][1]})",
+        f"val differs by {both[0][0]} ({both[0][1]}), test by {both[2][0]} ({both[2][1]}) and "
+        f"{both[3][0]} ({both[3][1]})",
+    ):
+        assert said in text, said
 
 
 def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) -> None:
@@ -331,9 +359,37 @@ def test_what_the_goals_would_take_is_reckoned_from_the_benchmark(report: str) -
         assert text.format(share).replace("%", " %") in " ".join(report.split())
 
 
-def test_every_picture_in_the_texts_exists() -> None:
-    import re
+def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
+    here, there = (
+        json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
+        for name in ("speed", "speed_avx2")
+    )
+    text = " ".join(report.split())
+    for name, results in (("AVX-512 BF16", here), ("AVX2", there)):
+        step = results["step"]
+        ours, _, nchw, resnet = (v for k, v in step.items() if k.startswith("training step"))
+        share = step["GFLOP/s, default"] / step["GFLOP/s, matmul 4096"]
+        cells = [name, f"{ours:,.0f}", f"{ours / nchw:.1f}", f"{ours / resnet:.1f}", f"{share:.0%}"]
+        cells.append(f"{results['runs']['0.1']['seconds']:,.0f} s")
+        assert f"| {' | '.join(cells)} |".replace("%", " %") in text
+    step, tenth, full = here["step"], here["runs"]["0.1"], here["runs"]["1"]
+    needed = 2.5 * step["training step, same model in fp32 NCHW"] * step["GFLOP per image"]
+    peak, fp32 = step["GFLOP/s, matmul 4096"], step["GFLOP/s, matmul 4096 in fp32"]
+    said = f"It would take {needed / peak:.0%} of the bf16 matmul, which here is only "
+    assert said.replace("%", " %") + f"{peak / fp32:.1f} times as fast as that in fp32." in text
+    each = [
+        (run["seconds"] - here["start_up"]) / run["images"] / run["epochs"] for run in (full, tenth)
+    ]
+    assert f"costs {each[0] / each[1] - 1:.0%} more".replace("%", " %") in text
+    said = (
+        f"for the full file*: {full['seconds']:,.0f} s. Of these {full['train_seconds']:.0f} are "
+        f"training, {full['train_seconds'] / full['epochs']:.0f} s an epoch, where an epoch by "
+        f"itself took {here['epoch']['epoch, training']:.0f}"
+    )
+    assert said in text
 
+
+def test_every_picture_in_the_texts_exists() -> None:
     for document in (ROOT / "report.md", ROOT / "README.md"):
         pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text())
         assert pictures
