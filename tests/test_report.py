@@ -325,6 +325,23 @@ def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: s
         assert said in text, said
 
 
+def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(report: str) -> None:
+    path = ROOT / "tests" / "benchmarks" / "search_blocks.jsonl"
+    runs: dict[str, dict[int, dict]] = {}
+    for run in map(json.loads, path.read_text().splitlines()):
+        runs.setdefault(run["variant"], {})[run["fold"]] = run
+    cells = []
+    for key in ("val", "val_tta", "shift", "val_tta_loss"):
+        folds = runs["the wider network of appendix C"].items()
+        gains = [run[key] - runs["default"][fold][key] for fold, run in folds]
+        cells += [abs(statistics.mean(gains)), statistics.stdev(gains) / len(gains) ** 0.5]
+    said = (
+        "Here val is {:.3f} lower with it (standard error {:.3f}), over eight views {:.3f} ({:.3f}), "
+        "under simulated shift {:.3f} ({:.3f}), and the loss {:.3f} higher ({:.3f})"
+    )
+    assert said.format(*cells) in " ".join(report.split())
+
+
 def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) -> None:
     rows = list(csv.DictReader((BEST / "history.csv").read_text().splitlines()))
     lowest, last = min(rows, key=lambda row: float(row["val_loss"])), rows[-1]
