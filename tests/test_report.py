@@ -336,8 +336,8 @@ def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(report: str)
         gains = [run[key] - runs["default"][fold][key] for fold, run in folds]
         cells += [abs(statistics.mean(gains)), statistics.stdev(gains) / len(gains) ** 0.5]
     said = (
-        "Here val is {:.3f} lower with it (standard error {:.3f}), over eight views {:.3f} ({:.3f}), "
-        "under simulated shift {:.3f} ({:.3f}), and the loss {:.3f} higher ({:.3f})"
+        "Here val is {:.3f} lower with it (standard error {:.3f}), over eight views {:.3f} "
+        "({:.3f}), under simulated shift {:.3f} ({:.3f}), and the loss {:.3f} higher ({:.3f})"
     )
     assert said.format(*cells) in " ".join(report.split())
 
