@@ -196,13 +196,18 @@ def test_what_rounding_gains_is_what_the_runs_say(report: str) -> None:
         assert f" | {differences(pairs)} |\n" in report
 
 
+def folds_of(name: str) -> dict[str, dict[int, dict]]:
+    """Return a search's logged runs by variant and fold."""
+    runs: dict[str, dict[int, dict]] = {}
+    for line in (ROOT / "tests" / "benchmarks" / f"{name}.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        runs.setdefault(run["variant"], {})[run["fold"]] = run
+    return runs
+
+
 @pytest.mark.parametrize("name", ["search", "search_small", "search_adamw", "search_blocks"])
 def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
-    runs = (ROOT / "tests" / "benchmarks" / f"{name}.jsonl").read_text().splitlines()
-    variants: dict[str, dict[int, dict]] = {}
-    for run in map(json.loads, runs):
-        variants.setdefault(run["variant"], {})[run["fold"]] = run
-    (first, base), *others = variants.items()
+    (first, base), *others = folds_of(name).items()
     keys = ("val", "val_tta", "shift", "val_tta_loss")
     means = [sum(run[key] for run in base.values()) / len(base) for key in keys]
     table = [f"| {first} | {len(base)} | " + " | ".join(f"{m:.3f}" for m in means) + " |"]
@@ -288,10 +293,7 @@ def test_what_the_narrower_network_gains_is_what_was_timed(report: str) -> None:
 
 
 def test_what_the_narrower_network_costs_is_what_its_folds_say(report: str) -> None:
-    path = ROOT / "tests" / "benchmarks" / "search_adamw.jsonl"
-    runs: dict[str, dict[int, dict]] = {}
-    for run in map(json.loads, path.read_text().splitlines()):
-        runs.setdefault(run["variant"], {})[run["fold"]] = run
+    runs = folds_of("search_adamw")
     wider, narrower = runs["default of that time"], runs["C of the third search (kept)"]
     cells = []
     for key in ("val", "val_tta", "shift", "val_tta_loss", "val_loss"):
@@ -326,10 +328,7 @@ def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: s
 
 
 def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(report: str) -> None:
-    path = ROOT / "tests" / "benchmarks" / "search_blocks.jsonl"
-    runs: dict[str, dict[int, dict]] = {}
-    for run in map(json.loads, path.read_text().splitlines()):
-        runs.setdefault(run["variant"], {})[run["fold"]] = run
+    runs = folds_of("search_blocks")
     cells = []
     for key in ("val", "val_tta", "shift", "val_tta_loss"):
         folds = runs["the wider network of appendix C"].items()
@@ -382,6 +381,15 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
         for name in ("speed", "speed_avx2")
     )
     text = " ".join(report.split())
+    plain = [run["step"]["training step, default in plain fp32"] for run in (here, there)]
+    assert "plain fp32 makes {:.0f} and {:.0f} images/s".format(*plain) in text
+    before = json.loads((ROOT / "tests" / "benchmarks" / "wider" / "speed_amd.json").read_text())
+    ours = [run["step"]["training step, default"] for run in (here, before)]
+    whole = [run["runs"]["1"]["seconds"] for run in (before, here)]
+    assert (
+        f"with bf16 a step is {ours[0] / ours[1]:.1f} times and the full file "
+        f"{whole[0] / whole[1]:.1f} times as fast as with the wider one"
+    ) in text
     for name, results in (("AVX-512 BF16", here), ("AVX2", there)):
         step = results["step"]
         ours, _, nchw, resnet = (v for k, v in step.items() if k.startswith("training step"))
@@ -404,6 +412,20 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
         f"itself took {here['epoch']['epoch, training']:.0f}"
     )
     assert said in text
+
+
+def test_what_bounds_the_step_is_what_was_profiled(report: str) -> None:
+    text = (ROOT / "tests" / "benchmarks" / "profile_bf16.txt").read_text()
+    parts = {m[1]: m[2] for m in re.finditer(r"^(\w+) ([\d.]+)%$", text, re.M)}
+    rows = re.findall(r"^(?:for|back)ward +[\d.]+ +(\d+) +\[\d+, (\d+),.*, 3, 3\]$", text, re.M)
+    speeds = [int(speed) for speed, channels in rows if channels != "3"]
+    assert len(speeds) == 14
+    said = " ".join(report.split())
+    assert f"convolutions are {parts['convolutions']} % of it" in said
+    assert f"the first run at {min(speeds)} to {max(speeds)} GFLOP/s" in said
+    for part in ("BatchNorm", "MaxPool"):
+        assert f"{part} {parts[part]} %" in said
+    assert f"matrices, is {parts['Muon']} %" in said
 
 
 def test_every_picture_in_the_texts_exists() -> None:
