@@ -205,9 +205,9 @@ def folds_of(name: str) -> dict[str, dict[int, dict]]:
     return runs
 
 
-@pytest.mark.parametrize("name", ["search", "search_small", "search_adamw", "search_blocks"])
+@pytest.mark.parametrize("name", ["", "_small", "_adamw", "_blocks", "_domains"])
 def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
-    (first, base), *others = folds_of(name).items()
+    (first, base), *others = folds_of(f"search{name}").items()
     keys = ("val", "val_tta", "shift", "val_tta_loss")
     means = [sum(run[key] for run in base.values()) / len(base) for key in keys]
     table = [f"| {first} | {len(base)} | " + " | ".join(f"{m:.3f}" for m in means) + " |"]
