@@ -376,9 +376,9 @@ def test_what_the_goals_would_take_is_reckoned_from_the_benchmark(report: str) -
 
 
 def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
-    here, there = (
+    here, there, matrix_units = (
         json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
-        for name in ("speed", "speed_avx2")
+        for name in ("speed", "speed_avx2", "speed_amx")
     )
     text = " ".join(report.split())
     plain = [run["step"]["training step, default in plain fp32"] for run in (here, there)]
@@ -390,13 +390,25 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
         f"with bf16 a step is {ours[0] / ours[1]:.1f} times and the full file "
         f"{whole[0] / whole[1]:.1f} times as fast as with the wider one"
     ) in text
-    for name, results in (("AVX-512 BF16", here), ("AVX2", there)):
+    for name, results in (("AVX-512 BF16", here), ("AVX2", there), ("AMX", matrix_units)):
         step = results["step"]
         ours, _, nchw, resnet = (v for k, v in step.items() if k.startswith("training step"))
         share = step["GFLOP/s, default"] / step["GFLOP/s, matmul 4096"]
         cells = [name, f"{ours:,.0f}", f"{ours / nchw:.1f}", f"{ours / resnet:.1f}", f"{share:.0%}"]
-        cells.append(f"{results['runs']['0.1']['seconds']:,.0f} s")
+        tenth = results["runs"].get("0.1")
+        cells.append(f"{tenth['seconds']:,.0f} s" if tenth else "-")
         assert f"| {' | '.join(cells)} |".replace("%", " %") in text
+    peaks = [matrix_units["step"][f"GFLOP/s, matmul 4096{end}"] for end in ("", " in fp32")]
+    assert (
+        f"multiply bf16 {peaks[0] / peaks[1]:.1f} times as fast as fp32 ({peaks[0]:,.0f} GFLOP/s "
+        f"against {peaks[1]:.0f}), but the whole step only "
+        f"{ours / matrix_units['step']['training step, default in plain fp32']:.1f} times"
+    ) in text
+    epoch = matrix_units["epoch"]
+    assert (
+        f"took {epoch['epoch, training']:.1f} s there, and validation "
+        f"{epoch['epoch, validation']:.1f} s"
+    ) in text
     step, tenth, full = here["step"], here["runs"]["0.1"], here["runs"]["1"]
     needed = 2.5 * step["training step, same model in fp32 NCHW"] * step["GFLOP per image"]
     peak, fp32 = step["GFLOP/s, matmul 4096"], step["GFLOP/s, matmul 4096 in fp32"]
