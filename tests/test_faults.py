@@ -195,8 +195,7 @@ def test_any_bytes_are_refused_in_one_way(run_dir: Path, tmp_path: Path) -> None
 # ---- kill, two at once, the same twice ----------------------------------------------------------
 
 
-def test_two_kills(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""))  # put back after
+def test_two_kills(capsys: pytest.CaptureFixture) -> None:
     assert kill_runs.main(["--kills", "2", "--seed", "1"]) == 0, capsys.readouterr().out
     table = capsys.readouterr().out
     for fault in kill_runs.FAULTS[:2]:
