@@ -468,9 +468,9 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
     assert sum(seconds) == pytest.approx(matrix_units["runs"]["1"]["train_seconds"])
     assert (
         f"took {epoch['epoch, training']:.1f} s there, and validation "
-        f"{epoch['epoch, validation']:.1f} s; in the whole run, which began some five minutes later, "
-        "an epoch took "
-        f"{statistics.mean(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f},"
+        f"{epoch['epoch, validation']:.1f} s; in the whole run, which began some five minutes "
+        f"later, an epoch took {statistics.mean(seconds):.0f} s "
+        f"({min(seconds):.0f} to {max(seconds):.0f}, `full_amx.csv`)"
     ) in text
     bf16, amx = (
         {  # seconds of an image and epoch, start-up apart
