@@ -513,6 +513,15 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
     ) in text
 
 
+def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
+    line = (ROOT / "tests" / "benchmarks" / "sample_amx.txt").read_text().splitlines()[-1]
+    seconds = list(map(float, line.split()))
+    said = f"took {min(seconds):.0f} to {max(seconds):.0f} s"
+    assert f"five runs with AMX {said};" in " ".join((ROOT / "README.md").read_text().split())
+    said += f", in the median {statistics.median(seconds):.0f} s"
+    assert f"five such runs with AMX {said}" in " ".join(report.split())
+
+
 def test_what_the_other_stem_gains_is_what_was_timed(report: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "stem_amx.txt").read_text().splitlines()[2:]
     medians = [statistics.median(map(float, line.split()[1:])) for line in lines]
