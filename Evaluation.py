@@ -12,11 +12,11 @@ import functools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analyze_data import CLASS_NAMES, SHORT_NAMES
+from analyze_data import CLASS_NAMES, SHORT_NAMES, write_atomically
 
 # Imported where they are used, so that a start need not wait for them: matplotlib, torch and
 # scikit-learn, which alone took a quarter of the time until PathMNIST.py --help was there.
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
-P = ParamSpec("P")
 CLASSES = range(len(CLASS_NAMES))
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 RESAMPLES = 10_000
@@ -196,7 +195,7 @@ def save_predictions(
     path = folder / f"{flag}_test_[AUC]{auc:.3f}_[ACC]{metrics['accuracy']:.3f}@{name}.csv"
     # str() of a numpy number is the shortest text that reads back as the same number.
     lines = [",".join(map(str, (index, *row))) for index, row in enumerate(probs)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
@@ -231,11 +230,11 @@ CODES = ", ".join(
 )
 
 
-def house_style(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+def house_style(draw: "Callable[..., Figure]") -> "Callable[..., Figure]":
     """Make a function draw its figure in the house style (a decorator)."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> "Figure":
+    def styled(*args: Any, **kwargs: Any) -> "Figure":
         import matplotlib
 
         with matplotlib.rc_context(HOUSE_STYLE):

@@ -29,7 +29,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,8 @@ from analyze_data import (
     end_of_pipe,
     find_data,
     load_data,
-    tolerate_odd_names,
+    set_up_stdout,
+    write_atomically,
 )
 from MyModels import MODELS, Ensemble, count_parameters, layer_markdown, layer_table
 from Training import (
@@ -77,13 +78,13 @@ from Training import (
     resolve,
     to_float,
     world,
-    write_atomically,
 )
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "rounded")
 OPTIONS = frozenset(field.name for field in fields(Config))
+RESULTS = ("val", "val_tta", "test", "test_tta")  # _tta: mean over eight flips and turns
 EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU 500 take half as long again each
 
 
@@ -99,7 +100,8 @@ def number(kind: type, low: float, high: float):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
         return value
 
     return parse
@@ -108,7 +110,10 @@ def number(kind: type, low: float, high: float):
 def run_name(text: str) -> str:
     """Argparse type: a plain folder name, short enough for the files that are named after it."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or len(text.encode()) > 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name of letters, digits, ._+-")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name of letters, digits and ._+-, which starts with a letter or "
+            "digit and has at most 100 bytes"
+        )
     return text
 
 
@@ -266,10 +271,10 @@ def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
 
     Of a folder with one run per seed, their ensemble and the first one's checkpoint.
     """
-    path = run_dir / "best.pt" if run_dir.is_dir() else run_dir
-    if any(run_dir.glob("seed*")) and not path.exists():
+    path = run_dir / "best.pt" if os.path.isdir(run_dir) else run_dir
+    if any(run_dir.glob("seed*")) and not os.path.exists(path):
         return load_ensemble(run_dir, device)
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     name, size = checkpoint["config"].get("model"), checkpoint["identity"].get("size", 28)
     if name not in list(MODELS):  # a list, for a damaged file's name may be of any type
         raise UserError(f"{path}: holds an unknown model {name!r}; known: {', '.join(MODELS)}")
@@ -296,23 +301,18 @@ def load_ensemble(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
 
 def make_run_dir(log_dir: Path, name: str, unique: bool = True) -> Path:
     """Create a run's own folder; where `unique`, the name must not be taken yet."""
-    for attempt in range(1, 1000):
-        run_dir = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError as error:
-            if not log_dir.is_dir():
-                raise UserError(f"--log-dir {log_dir}: not a folder; choose another") from error
-            if unique:
-                raise UserError(
-                    f"{run_dir}: exists already; choose another --name or --resume it"
-                ) from error
-        except OSError as error:
-            raise UserError(
-                f"--log-dir {log_dir}: cannot be written ({error.strerror}); choose another"
-            ) from error
-    raise UserError(f"{log_dir / name}: too many runs of that name; choose another --name")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 2 if unique else 1000):
+            run_dir = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
+            with suppress(FileExistsError):
+                run_dir.mkdir()
+                return run_dir
+    except OSError as error:
+        raise UserError(
+            f"--log-dir {log_dir}: no folder that can be written ({error.strerror}); choose another"
+        ) from error
+    raise UserError(f"{run_dir}: exists already; choose another --name or --resume it")
 
 
 def lock(run_dir: Path) -> io.IOBase:
@@ -390,6 +390,18 @@ def read_run(run_dir: Path) -> dict:
         raise UserError(f"{run_dir}: not the folder of a run ({why})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, or of another version; train anew") from error
+
+
+def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
+    """Return each seed's folder: the run's own, or one of its folders where it has several."""
+    return [run_dir / f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [run_dir]
+
+
+def finished_seeds(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
+    """Return each seed's folder; refuse a run of several that was stopped before its end."""
+    if len(seeds) > 1 and not (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir}: not all of its seeds are trained; --resume it first")
+    return seed_dirs(run_dir, seeds)
 
 
 # ------------------------------------------------------------------------------ the story
@@ -626,7 +638,7 @@ def log_pr_curves(
 
 def log_end(writer: SummaryWriter, config: Config, results: dict) -> None:
     """Log the results table and the run's row in the HParams table."""
-    metrics = {key: results[key] for key in ("val", "test", "val_tta", "test_tta")}
+    metrics = {key: results[key] for key in RESULTS}
     writer.add_text("results", Evaluation.results_markdown(metrics), results["epochs"] + 1)
     # As many columns as TensorBoard shows unasked; the other options are in the text "config".
     values = {key: getattr(config, key) for key in ("model", "epochs", "batch_size", "lr", "seed")}
@@ -662,13 +674,13 @@ def find_tiles(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths` and, sorted, those in the folders, hidden ones apart."""
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             below = [p for p in path.rglob("*") if p.is_file()]
             files += sorted(p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}")
-        elif path.is_file():
+        elif os.path.isfile(path):
             files.append(path)
         else:
-            raise UserError(f"--predict {path}: no such file or folder")
+            raise UserError(f"--predict {path}: no such file or folder, or no access; check it")
     if not files:
         raise UserError(f"--predict {paths[0]}: no files in that folder")
     return files
@@ -725,7 +737,6 @@ def classify(
     """
     model, checkpoint = load_model(run_dir, device)
     size = checkpoint["identity"].get("size", 28)
-    layer = explained_layer(model, size)
     files, skipped, rows = find_tiles(paths), [], []
     out_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Ensemble):
@@ -739,15 +750,7 @@ def classify(
             probs, _ = predict(model, [(tiles, torch.zeros(len(tiles)))], views=8)
             rows += zip(names, probs, strict=True)
             if explain:
-                inputs = to_float(tiles).to(device)
-                heatmaps = Evaluation.grad_cam(model, inputs, layer, probs.argmax(1))
-                numbers = range(len(rows) - len(names), len(rows))  # file names may be alike
-                each = zip(numbers, names, tiles, heatmaps, probs, strict=True)
-                for number, name, tile, heatmap, p in each:
-                    figure = Evaluation.gradcam_figure(
-                        tile[None].numpy(), heatmap[None], None, p[None]
-                    )
-                    figure.savefig(out_dir / f"{number:04d}-{name.stem[:50]}.png")
+                save_explanations(model, names, tiles, probs, len(rows) - len(names), out_dir)
             bar.update(len(names))
     write_predictions(rows, out_dir / "predictions.csv")
     if skipped:
@@ -757,6 +760,24 @@ def classify(
             file=sys.stderr,
         )
     return 2 if skipped else 0
+
+
+def save_explanations(
+    model: nn.Module,
+    names: Sequence[Path],
+    tiles: torch.Tensor,
+    probs: np.ndarray,
+    first: int,
+    out_dir: Path,
+) -> None:
+    """Save each tile beside its Grad-CAM; numbered from `first`, as file names may be alike."""
+    inputs = to_float(tiles).to(next(model.parameters()).device)
+    layer = explained_layer(model, tiles.shape[1])
+    heatmaps = Evaluation.grad_cam(model, inputs, layer, probs.argmax(1))
+    each = zip(names, tiles.numpy(), heatmaps, probs, strict=True)
+    for index, (name, tile, heatmap, p) in enumerate(each, start=first):
+        figure = Evaluation.gradcam_figure(tile[None], heatmap[None], None, p[None])
+        figure.savefig(out_dir / f"{index:04d}-{name.stem[:50]}.png")
 
 
 def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> None:
@@ -798,18 +819,6 @@ def new_runs(args: dict) -> None:
     if len(seeds) > 1 and world()[0] == 0:
         write_json(run_dir / "config.json", {**run_settings(data, config), "seeds": seeds})
     train_seeds(data, config, seeds, run_dir)
-
-
-def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
-    """Return each seed's folder: the run's own, or one of its folders where it has several."""
-    return [run_dir / f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [run_dir]
-
-
-def finished_seeds(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
-    """Return the same; refuse a run of several seeds that was stopped before its end."""
-    if len(seeds) > 1 and not (run_dir / "summary.json").exists():
-        raise UserError(f"{run_dir}: not all of its seeds are trained; --resume it first")
-    return seed_dirs(run_dir, seeds)
 
 
 def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: Path) -> None:
@@ -855,7 +864,7 @@ def resume_run(args: dict) -> None:
 def data_of_run(args: dict, settings: dict, run_dir: Path) -> PathData:
     """Return the data that --data names, or else that the run was trained on."""
     path = args.get("data", settings["dataset"]["path"])
-    if "data" not in args and not Path(path).exists():
+    if "data" not in args and not os.path.exists(path):
         raise UserError(f"{run_dir}: its data is not at {path}; say with --data where it is")
     return load_data(find_data(path))
 
@@ -868,10 +877,7 @@ def evaluate_run(args: dict) -> None:
         raise UserError(f"--model {args['model']}: {run_dir} holds a {settings['config'].model}")
     refuse(args, (*OPTIONS - {"model", "device"}, "seeds", "name", "log_dir"), "--evaluate")
     data = data_of_run(args, settings, run_dir)
-    config = resolve(
-        replace(settings["config"], device=args.get("device", "auto"), precision="fp32"),
-        data.counts["train"],
-    )
+    config = resolve(replace(settings["config"], device=args.get("device", "auto")), 1)
     seeds = settings["seeds"]
     folders = finished_seeds(run_dir, seeds)
     models = [load_finished(folder, config, data) for folder in folders]
@@ -895,6 +901,15 @@ def evaluate_run(args: dict) -> None:
     if len(runs) > 1:
         (run_dir / below).mkdir(exist_ok=True)
         summarise_seeds(runs, data, run_dir / below)
+
+
+def predict_tiles(args: dict) -> int:
+    """Classify images with a finished run; return the exit status."""
+    refuse(args, (*OPTIONS - {"device"}, "data", "seeds", "name"), "--predict")
+    device = resolve(Config(device=args.get("device", "auto")), 1).device
+    out_dir = args.get("log_dir", Path("predictions"))
+    checkpoint = args.get("checkpoint", BEST)
+    return classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
 
 
 def load_finished(run_dir: Path, config: Config, data: PathData) -> nn.Module:
@@ -922,9 +937,8 @@ def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> None
     """Write summary.json: mean and spread over the seeds, and their ensemble; print the table."""
     if world()[0] > 0:
         return
-    keys = ("val", "val_tta", "test", "test_tta")
     summary: dict = {"dataset": dataset_card(data), "seeds": [run["seed"] for run in runs]}
-    for key in keys:
+    for key in RESULTS:
         first = runs[0][key]
         names = [n for n in first if all(isinstance(run[key][n], float) for run in runs)]
         values = {name: [run[key][name] for run in runs] for name in names}
@@ -937,7 +951,7 @@ def summarise_seeds(runs: Sequence[dict], data: PathData, run_dir: Path) -> None
     summary["train_seconds"] = [run.get("train_seconds") for run in runs]
     write_json(run_dir / "summary.json", summary)
     print(f"\n{len(runs)} seeds, mean accuracy (standard deviation), and their ensemble:")
-    for key in keys:
+    for key in RESULTS:
         part = summary[key]
         print(
             f"  {key:9} {part['mean']['accuracy']:.4f} ({part['std']['accuracy']:.4f})   "
@@ -950,7 +964,7 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
     """Print what was reached and where everything lies."""
     if world()[0] > 0:
         return
-    rows = {key: results[key] for key in ("val", "val_tta", "test", "test_tta")}
+    rows = {key: results[key] for key in RESULTS}
     data = results["dataset"]
     what = "SYNTHETIC data: no result" if data["kind"] == "synthetic" else f"{data['kind']} data"
     print(f"\n{what}, {data['path']}\n{Evaluation.results_markdown(rows)}")
@@ -1006,29 +1020,27 @@ def no_traceback_of_full_disks(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def run(args: dict) -> int:
+    """Do what the command line asks for; return the exit status."""
+    join_processes(args)
+    if world()[0] > 0 and ("predict" in args or "evaluate" in args):
+        return 0  # only training is shared
+    if "predict" in args:
+        return predict_tiles(args)
+    refuse(args, ("checkpoint", "explain"), "training or evaluation (only with --predict)")
+    mode = resume_run if "resume" in args else evaluate_run if "evaluate" in args else new_runs
+    mode(args)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status (0; 2 bad input; 130, 143 stopped; 141 pipe)."""
     args = vars(build_parser().parse_args(argv))
     Stopped.install()
     threading.excepthook = no_traceback_of_full_disks
-    tolerate_odd_names()
+    set_up_stdout()
     try:
-        join_processes(args)
-        if world()[0] > 0 and ("predict" in args or "evaluate" in args):
-            return 0  # only training is shared
-        if "predict" in args:
-            refuse(args, (*OPTIONS - {"device"}, "data", "seeds", "name"), "--predict")
-            checkpoint = args.get("checkpoint", BEST)
-            device = resolve(Config(device=args.get("device", "auto")), 1).device
-            out_dir = args.get("log_dir", Path("predictions"))
-            status = classify(args["predict"], checkpoint, device, "explain" in args, out_dir)
-            print(end="", flush=True)
-            return status
-        refuse(args, ("checkpoint", "explain"), "training or evaluation (only with --predict)")
-        mode = resume_run if "resume" in args else evaluate_run if "evaluate" in args else new_runs
-        mode(args)
-        print(end="", flush=True)
-        return 0
+        return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1040,7 +1052,7 @@ def main(argv: list[str] | None = None) -> int:
         if not known and "can't allocate memory" not in text:
             raise
         remedy = "" if "predict" in args or "evaluate" in args else "a lower --batch-size, or "
-        print(f"error: {text}; use {remedy}--device cpu", file=sys.stderr)
+        print(f"error: {text or 'out of memory'}; use {remedy}--device cpu", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that was taken away
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from analyze_data import SHORT_NAMES, UserError
+from analyze_data import SHORT_NAMES, UserError, write_atomically
 from Evaluation import validation_metrics
 
 # Budget of optimisation steps that sets the default number of epochs, and its limits. Eight epochs
@@ -118,7 +118,9 @@ def resolve(config: Config, n_train: int) -> Config:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device auto or cpu")
     if device == "mps" and not has_mps():
-        raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device auto or cpu")
+        raise UserError(
+            "--device mps: no Apple GPU here, or several processes; use --device auto or cpu"
+        )
     precision = config.precision
     if precision == "auto":
         # An Apple GPU computes in plain fp32: what rounding does there was never tried.
@@ -130,8 +132,8 @@ def resolve(config: Config, n_train: int) -> Config:
 
 
 def has_mps() -> bool:
-    """Return whether PyTorch can use an Apple GPU."""
-    return torch.backends.mps.is_available()
+    """Return whether there is an Apple GPU; never under torchrun, as gloo cannot serve it."""
+    return torch.backends.mps.is_available() and not dist.is_initialized()
 
 
 def has_bf16(device: str) -> bool:
@@ -270,27 +272,6 @@ def cutmix(
 # ------------------------------------------------------------------------------ files
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part.
-
-    Raises
-    ------
-    UserError
-        If it cannot be written (no space, no permission); the old file is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        remedy = "free some space, or choose a folder that can be written"
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write tensors and plain Python values atomically."""
     buffer = io.BytesIO()
@@ -298,8 +279,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, device: str = "cpu") -> dict:
-    """Read a checkpoint without running any code that it may hold.
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint into main memory, without running any code that it may hold.
 
     Raises
     ------
@@ -315,7 +296,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
             raise ValueError("no zip archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on foreign files
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, it holds more than tensors; train anew") from error
     except Exception as error:  # torch and pickle raise a dozen types on damaged bytes
@@ -326,6 +307,42 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
     ):
         raise UserError(f"{path}: not a checkpoint of this project; train anew")
     return checkpoint
+
+
+def load_weights(model: nn.Module, checkpoint: dict, key: str, path: Path) -> None:
+    """Copy a checkpoint's weights into the model.
+
+    Raises
+    ------
+    UserError
+        If they do not fit the model.
+    """
+    try:
+        model.load_state_dict(checkpoint[key])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        name = checkpoint["config"].get("model", "another model")
+        raise UserError(f"{path}: its weights (of {name}) do not fit this model") from error
+
+
+def write_history(path: Path, history: Sequence[dict]) -> None:
+    """Write one CSV row per epoch."""
+    buffer = io.StringIO()
+    table = csv.DictWriter(buffer, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Return what `write_history` wrote, without the recall; nothing where it cannot be read."""
+    try:
+        with open(path, newline="") as file:
+            return [
+                {"epoch": int(row.pop("epoch"))} | {key: float(row[key]) for key in CSV_FIELDS[1:]}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 # ------------------------------------------------------------------------------ prediction
@@ -660,7 +677,7 @@ class TrainingState:
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote to `last.pt`."""
-        last = load_checkpoint(path, self.config.device)
+        last = load_checkpoint(path)
         load_weights(self.model, last, "model", path)
         load_weights(self.averaged, last, "averaged", path)
         try:
@@ -757,7 +774,7 @@ def fit(
                 state.save(run_dir)
     if size > 1:
         dist.barrier()
-    best = load_checkpoint(run_dir / "best.pt", config.device)
+    best = load_checkpoint(run_dir / "best.pt")
     load_weights(model, best, "model", run_dir / "best.pt")
     return state.history
 
@@ -770,21 +787,6 @@ def validate(model: nn.Module, loader: DataLoader) -> tuple[dict, np.ndarray, np
     probs, labels = gather(*predict(model, loader))
     metrics = validation_metrics(probs, labels)
     return {f"val_{name}": value for name, value in metrics.items()}, probs, labels
-
-
-def load_weights(model: nn.Module, checkpoint: dict, key: str, path: Path) -> None:
-    """Copy a checkpoint's weights into the model.
-
-    Raises
-    ------
-    UserError
-        If they do not fit the model.
-    """
-    try:
-        model.load_state_dict(checkpoint[key])
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        name = checkpoint["config"].get("model", "another model")
-        raise UserError(f"{path}: its weights (of {name}) do not fit this model") from error
 
 
 def check_finite(row: dict, best_epoch: int, run_dir: Path) -> None:
@@ -826,24 +828,3 @@ def report_epoch(row: dict, state: TrainingState, bar: tqdm, writer: SummaryWrit
     for tag, value in tags.items():
         if not math.isnan(value):  # AUC or recall of a class that val does not have
             writer.add_scalar(tag, value, row["epoch"])
-
-
-def write_history(path: Path, history: Sequence[dict]) -> None:
-    """Write one CSV row per epoch."""
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    write_atomically(path, buffer.getvalue().encode())
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """Return what `write_history` wrote, without the recall; nothing where it cannot be read."""
-    try:
-        with open(path, newline="") as file:
-            return [
-                {"epoch": int(row.pop("epoch"))} | {key: float(row[key]) for key in CSV_FIELDS[1:]}
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

@@ -163,15 +163,8 @@ def find_data(data: str | None) -> Path:
 def synthetic_banner(reason: str) -> str:
     """Return a banner that says, impossible to miss, that the data is not real.
 
-    Parameters
-    ----------
-    reason : str
-        Why the real data is not used.
-
-    Returns
-    -------
-    str
-        Lines of at most 100 characters, a long path apart.
+    `reason` says why the real data is not used. Lines have at most 100 characters, a long path
+    apart.
     """
     text = (
         "SYNTHETIC DATA: no PathMNIST file was found, so this run uses drawn images.\n"
@@ -446,17 +439,7 @@ def count_duplicates(images: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def report(data: PathData) -> str:
-    """Describe the data as plain text tables.
-
-    Parameters
-    ----------
-    data : PathData
-
-    Returns
-    -------
-    str
-        Lines of at most 100 characters, a long path apart.
-    """
+    """Describe the data as plain text tables, at most 100 characters wide, a long path apart."""
     official = data.kind == "official"
     lines = [
         f"file           {data.path}",
@@ -490,19 +473,9 @@ def report(data: PathData) -> str:
 
 
 def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
-    """Show random train images of every class, one row a class.
+    """Show random train images of every class, drawn with `seed`, one row a class.
 
-    Parameters
-    ----------
-    data : PathData
-    columns : int
-        Images per class; fewer where the class has fewer.
-    seed : int
-        Of the draw.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    `columns` is the number of images per class; fewer where the class has fewer.
     """
     from matplotlib.figure import Figure
 
@@ -531,16 +504,7 @@ def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
 
 
 def class_distribution(data: PathData) -> "Figure":
-    """Show each class's share of the three splits, with the counts.
-
-    Parameters
-    ----------
-    data : PathData
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+    """Show each class's share of the three splits, with the counts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), facecolor="white", layout="constrained")
@@ -577,6 +541,27 @@ def _class_labels() -> list[str]:
 # ---- the command line ---------------------------------------------------------------------------
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written (no space, no permission); the old file is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        remedy = "free some space, or choose a folder that can be written"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -584,10 +569,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
-def tolerate_odd_names() -> None:
-    """Let file names that are not UTF-8 be printed, with their odd bytes as escapes."""
+def set_up_stdout() -> None:
+    """Print each line at once, into a file too; odd bytes of file names become escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def end_of_pipe() -> int:
@@ -605,7 +590,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        tolerate_odd_names()
+        set_up_stdout()
         data = load_data(find_data(args.data))
         print(report(data))
         out = Path(os.path.expanduser(args.out))
@@ -615,17 +600,13 @@ def main(argv: list[str] | None = None) -> int:
             class_distribution(data).savefig(out / "class_distribution.png", dpi=100)
         except OSError as error:
             raise UserError(f"--out {out}: {error}; give a folder that can be written") from error
-        print(
-            f"\nfigures        {out / 'samples.png'}\n{'':15}{out / 'class_distribution.png'}",
-            flush=True,
-        )
+        print(f"\nfigures        {out / 'samples.png'}\n{'':15}{out / 'class_distribution.png'}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return end_of_pipe()
     except OSError as error:  # a full disk behind stdout
-        end_of_pipe()
         print(f"error: {error}; free some space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -307,6 +307,19 @@ def test_bad_flags(
     assert list(tmp_path.iterdir()) == []  # nothing was made
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", "2.5"], "whole number from 1 to"),
+        (["--lr", "fast"], "not a number from"),
+        (["--name", "a" * 101], "at most 100 bytes"),
+        (["--name", ".hidden"], "starts with a letter or digit"),
+    ],
+)
+def test_a_refused_value_says_what_is_allowed(cli: Callable, flags: list[str], words: str) -> None:
+    assert words in only_line(cli(*flags)[2])
+
+
 def test_help_names_every_flag(cli: Callable) -> None:
     status, out, err = cli("--help")
     assert (status, err) == (0, "")
@@ -660,6 +673,12 @@ def test_start_does_not_wait_for_what_is_needed_later() -> None:
 def test_start_without_locks_as_on_windows() -> None:
     code = "import sys; sys.modules['fcntl'] = None; import PathMNIST; PathMNIST.main(['--help'])"
     assert "--predict" in subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+
+
+def test_a_redirected_log_shows_each_line_at_once() -> None:
+    code = "import os, analyze_data; analyze_data.set_up_stdout(); print('epoch 1'); os._exit(0)"
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert output == "epoch 1\n"  # though nothing is written at such an exit
 
 
 def test_nobody_reads_the_output_of_predict(run_dir: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Evaluation.py against scikit-learn, worked examples, a published result and planted evidence."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from itertools import combinations
@@ -19,7 +21,7 @@ from sklearn import metrics as sk
 from torch import nn
 
 import Evaluation
-from analyze_data import CLASS_NAMES, SHORT_NAMES
+from analyze_data import CLASS_NAMES, SHORT_NAMES, UserError
 from MyModels import ResNet18, SkipCNN, layer_table
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +204,20 @@ def test_predictions_are_written_like_the_example_in_medmnist(tmp_path):
     path = Evaluation.save_predictions(tmp_path, probs, {"auc": None, "accuracy": 1.0}, "3")
     assert path.name == "pathmnist_test_[AUC]nan_[ACC]1.000@3.csv"
     assert path.read_text() == "0,0.125,0.275,0.5,0.1,0.0,0.0,0.0,0.0,0.0\n"
+
+
+def test_predictions_outlive_a_full_disk(tmp_path, monkeypatch):
+    probs = np.eye(9, dtype=np.float32)
+    path = Evaluation.save_predictions(tmp_path, probs, {"auc": 1.0, "accuracy": 1.0}, "run")
+    before = path.read_bytes()
+
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="free some space"):
+        Evaluation.save_predictions(tmp_path, probs[::-1], {"auc": 1.0, "accuracy": 1.0}, "run")
+    assert path.read_bytes() == before
 
 
 # ---- figures ------------------------------------------------------------------------------------

@@ -447,6 +447,13 @@ def test_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(Config(device="cpu"), 800).device == "cpu"
 
 
+def test_several_processes_do_not_use_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert Training.has_mps()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not Training.has_mps()
+
+
 def test_rounding_is_that_of_bf16_in_both_directions() -> None:
     output = torch.randn(100, requires_grad=True)
     gradient = torch.randn(100)
