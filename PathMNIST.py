@@ -111,8 +111,8 @@ def run_name(text: str) -> str:
     """Argparse type: a plain folder name, short enough for the files that are named after it."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text) or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a name of letters, digits and ._+-, which starts with a letter or "
-            "digit and has at most 100 bytes"
+            f"{text!r} is not a name of letters, digits and ._+-, which starts with one of a-z, "
+            "A-Z or 0-9 and has at most 100 bytes"
         )
     return text
 
@@ -272,7 +272,7 @@ def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
     Of a folder with one run per seed, their ensemble and the first one's checkpoint.
     """
     path = run_dir / "best.pt" if os.path.isdir(run_dir) else run_dir
-    if any(run_dir.glob("seed*")) and not os.path.exists(path):
+    if os.path.isdir(run_dir) and not os.path.exists(path) and any(run_dir.glob("seed*")):
         return load_ensemble(run_dir, device)
     checkpoint = load_checkpoint(path)
     name, size = checkpoint["config"].get("model"), checkpoint["identity"].get("size", 28)
@@ -682,7 +682,7 @@ def find_tiles(paths: Sequence[Path]) -> list[Path]:
         else:
             raise UserError(f"--predict {path}: no such file or folder, or no access; check it")
     if not files:
-        raise UserError(f"--predict {paths[0]}: no files in that folder")
+        raise UserError(f"--predict {paths[0]}: no files in that folder, or no access; check it")
     return files
 
 
@@ -883,7 +883,7 @@ def evaluate_run(args: dict) -> None:
     models = [load_finished(folder, config, data) for folder in folders]
     below = "."
     if data.md5 != settings["dataset"]["md5"]:
-        below = f"evaluated-on-{data.path.stem}-{data.md5[:8]}"
+        below = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
         print(f"Not the data that {run_dir} was trained on: results go to {run_dir / below}.")
     images = settings["dataset"]["counts"]["train"]
     runs = []

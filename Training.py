@@ -294,6 +294,9 @@ def load_checkpoint(path: Path) -> dict:
     try:
         if not zipfile.is_zipfile(path):  # nor is it unpickled: not even by torch's safe reader
             raise ValueError("no zip archive")
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not compare the checksums
+                raise ValueError("damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on foreign files
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

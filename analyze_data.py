@@ -559,7 +559,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         remedy = "free some space, or choose a folder that can be written"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
 class Parser(argparse.ArgumentParser):

@@ -313,7 +313,7 @@ def test_bad_flags(
         (["--epochs", "2.5"], "whole number from 1 to"),
         (["--lr", "fast"], "not a number from"),
         (["--name", "a" * 101], "at most 100 bytes"),
-        (["--name", ".hidden"], "starts with a letter or digit"),
+        (["--name", ".hidden"], "starts with one of a-z, A-Z or 0-9"),
     ],
 )
 def test_a_refused_value_says_what_is_allowed(cli: Callable, flags: list[str], words: str) -> None:

@@ -163,6 +163,14 @@ def test_a_last_checkpoint_with_a_foreign_part(cli: Callable, run_dir: Path, cha
     assert status == 2 and str(path) in only_line(err)
 
 
+def test_a_few_wrong_bytes_among_the_weights(run_dir: Path) -> None:
+    data = bytearray((run_dir / "best.pt").read_bytes())
+    data[len(data) // 2] ^= 255
+    (run_dir / "best.pt").write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(run_dir / "best.pt")
+
+
 def test_missing_checkpoints_are_named(cli: Callable, run_dir: Path) -> None:
     for name, mode in (("best.pt", "--evaluate"), ("last.pt", "--resume")):
         (run_dir / name).unlink()
