@@ -538,7 +538,7 @@ def _class_labels() -> list[str]:
     return [textwrap.fill(f"{name} ({code})", 24) for name, code in pairs]
 
 
-# ---- the command line ---------------------------------------------------------------------------
+# ---- what every script needs --------------------------------------------------------------------
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -580,6 +580,9 @@ def end_of_pipe() -> int:
     """Say nothing where nobody reads any more (`| head`); return the status shells give that."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
+
+
+# ---- the command line ---------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -142,6 +142,17 @@ def test_evaluate_on_other_data_keeps_the_runs_own_results(
     assert read_metrics(folder)["dataset"]["path"] == str(other)
 
 
+def test_evaluate_on_data_with_a_long_name(
+    cli: Callable, no_figures: None, run_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / f"{'d' * 200}.npz"
+    np.savez(other, **make_arrays(COUNTS, seed=1))
+    status, _, err = cli("--evaluate", run_dir, "--data", other)
+    assert status == 0, err
+    (folder,) = run_dir.glob(f"evaluated-on-{'d' * 50}-*")
+    assert len(list(folder.glob("pathmnist_test_*.csv"))) == 1
+
+
 def test_several_seeds_and_their_ensemble(
     cli: Callable, no_figures: None, tiny: Path, data: object, tmp_path: Path
 ) -> None:
@@ -792,6 +803,14 @@ def test_out_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch, error: Ex
     monkeypatch.setattr(PathMNIST, "evaluate_run", fail)  # where that flag is refused
     status, _, err = cli("--evaluate", "runs/best")
     assert status == 2 and only_line(err).endswith("; use --device cpu")
+
+
+def test_a_lack_of_memory_without_a_text(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_args: dict) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PathMNIST, "new_runs", fail)
+    assert only_line(cli()[2]).startswith("error: out of memory; use a lower --batch-size")
 
 
 def test_the_cpus_own_lack_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,19 @@ def test_a_few_wrong_bytes_among_the_weights(run_dir: Path) -> None:
         load_checkpoint(run_dir / "best.pt")
 
 
+def test_a_checkpoint_in_a_folder_that_may_not_be_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refuse)  # as `exists` and `is_dir` do in such a folder
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        PathMNIST.load_model(tmp_path / "secret" / "best.pt", "cpu")
+
+
 def test_missing_checkpoints_are_named(cli: Callable, run_dir: Path) -> None:
     for name, mode in (("best.pt", "--evaluate"), ("last.pt", "--resume")):
         (run_dir / name).unlink()

@@ -531,6 +531,15 @@ def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
     ) in " ".join(report.split())
 
 
+def test_how_often_a_training_was_repeated_is_what_was_counted() -> None:
+    text = (ROOT / "tests" / "benchmarks" / "repeat_bf16.txt").read_text()
+    rows = re.findall(r"^(.*): (\d+) repetitions, (\d+) different$", text, re.M)
+    assert {different for _, _, different in rows} == {"0"}
+    counts = [sum(int(n) for where, n, _ in rows if end in where) for end in ("itself", "at once")]
+    said = "always ended alike, {} times by itself and {} times in four processes at once"
+    assert said.format(*counts) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_what_the_other_stem_gains_is_what_was_timed(report: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "stem_amx.txt").read_text().splitlines()[2:]
     medians = [statistics.median(map(float, line.split()[1:])) for line in lines]

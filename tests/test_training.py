@@ -542,6 +542,18 @@ def test_a_failed_write_leaves_the_old_file(
         Training.write_atomically(tmp_path / "nowhere" / "file", b"new")
 
 
+def test_a_failed_clean_up_does_not_hide_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(UserError, match="file: cannot be written"):
+        Training.write_atomically(tmp_path / "file", b"new")
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_an_exception_and_the_second_the_systems(first: signal.Signals) -> None:
     Stopped.install()
