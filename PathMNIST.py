@@ -101,7 +101,8 @@ def number(kind: type, low: float, high: float):
             value = math.nan
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
+            limits = f"{low:.10g} to {high:.10g}"  # up to ten digits, as the largest seed has
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {limits}")
         return value
 
     return parse

@@ -322,6 +322,7 @@ def test_bad_flags(
     ("flags", "words"),
     [
         (["--epochs", "2.5"], "whole number from 1 to"),
+        (["--seed", "-1"], "whole number from 0 to 2147483647"),
         (["--lr", "fast"], "not a number from"),
         (["--name", "a" * 101], "at most 100 bytes"),
         (["--name", ".hidden"], "starts with one of a-z, A-Z or 0-9"),
