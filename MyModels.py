@@ -35,7 +35,8 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images (N, 3, S, S) in units of the data's standard deviation."""
-        return (images - self.mean) / self.std
+        images = (images - self.mean) / self.std
+        return images.contiguous() if images.is_mps else images  # see `Training.to_device`
 
 
 class SkipStage(nn.Module):

@@ -76,6 +76,7 @@ from Training import (
     predict,
     read_history,
     resolve,
+    to_device,
     to_float,
     world,
 )
@@ -163,7 +164,7 @@ def build_parser() -> Parser:
     add(
         "--device",
         choices=DEVICES,
-        help="default: auto; for --resume the run's",
+        help="default: auto (a CUDA GPU, else the CPU); for --resume the run's",
     )
     add(
         "--precision",
@@ -283,7 +284,7 @@ def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
         raise UserError(f"{path}: made for images of {size!r} px; known: {SIZES}")
     model = MODELS[name]()
     load_weights(model, checkpoint, "model", path)
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    return to_device(model, device).eval(), checkpoint
 
 
 def load_ensemble(run_dir: Path, device: str) -> tuple[nn.Module, dict]:

@@ -447,6 +447,29 @@ def test_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(Config(device="cpu"), 800).device == "cpu"
 
 
+def test_an_apple_gpu_is_used_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Training, "has_mps", lambda: True)
+    assert resolve(Config(), 800).device == "cpu"
+    config = resolve(Config(device="mps"), 800)
+    assert (config.device, config.precision) == ("mps", "fp32")
+
+
+def test_memory_format_of_each_device() -> None:
+    asked = []
+
+    class Recorder(nn.Module):
+        def to(self, device: str, memory_format: torch.memory_format) -> nn.Module:
+            asked.append(memory_format)
+            return self
+
+    for device in ("cpu", "cuda", "mps"):
+        Training.to_device(Recorder(), device)
+    assert asked == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+    model = Training.to_device(SkipCNN(), "cpu")
+    assert model.stem[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_several_processes_do_not_use_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert Training.has_mps()
