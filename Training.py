@@ -66,7 +66,7 @@ class Config:
     warmup: float = 0.2  # share of the steps in which the learning rate rises
     ema: float = 0.04  # horizon of the weights' moving average, as a share of the steps; 0: off
     flips: bool = True  # flips, quarter turns and shifts
-    stain: float = 0.25  # half width of the stains' gain in optical density; 0: off
+    stain: float = 0.25  # half width of the stains' gain, see `stain_jitter`; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
     cutmix: float = 0.5  # share of the batches whose images get a patch of another; 0: off
     embeddings: bool = False  # log val tiles to TensorBoard's projector at the end
@@ -222,15 +222,17 @@ def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> T
 
 
 def stain_jitter(images: Tensor, generator: torch.Generator, width: float) -> Tensor:
-    """Vary how strongly each stain took, as another laboratory would.
+    """Vary how strongly each stain took, and its colour, as another laboratory would.
 
     Light is absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical
     density: the density is split into haematoxylin, eosin and a rest, each is multiplied by
     1 +- width and shifted by +- width / 4, and the colour is put together again (Tellez et al.
-    2019, arXiv 1902.06543). Images are float (N, 3, S, S) in [0, 1], and may leave that range.
+    2019, arXiv 1902.06543), with stains whose own densities in red, green and blue differ by up to
+    0.4 * width. Images are float (N, 3, S, S) in [0, 1], and may leave that range.
     """
     n, _, size, _ = images.shape
     stains, to_stains = (m.to(images.device, non_blocking=True) for m in (HED, TO_HED))
+    stains = stains + uniform(generator, -0.4 * width, 0.4 * width, n, 3, 3)
     gain = uniform(generator, 1 - width, 1 + width, n, 3, 1)
     shift = uniform(generator, -width / 4, width / 4, n, 1, 3) @ stains
     density = -images.clamp_min(1 / 255).log().permute(0, 2, 3, 1).flatten(1, 2)

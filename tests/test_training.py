@@ -138,19 +138,25 @@ def test_augmentation_keeps_each_image_in_its_place() -> None:
     assert torch.equal((views * 255).round().amax((1, 2, 3)), values.float())
 
 
-def test_stain_jitter_scales_and_shifts_each_stain_in_optical_density() -> None:
-    images = to_float(torch.from_numpy(np.stack([asymmetric().clip(30, 220)] * 20)))
+def test_stain_jitter_scales_shifts_and_recolours_each_stain_in_optical_density() -> None:
+    images = to_float(torch.from_numpy(np.stack([asymmetric().clip(30, 220)] * 200)))
     jittered = Training.stain_jitter(images, torch.Generator().manual_seed(0), 0.2)
-    to_stains = torch.linalg.inv(Training.HED.double())
-    gains = []
+    hed = Training.HED.double()
+    gains, colours = [], []
     for before, after in zip(images.double(), jittered.double(), strict=True):
-        x, y = (-t.log().flatten(1).T @ to_stains for t in (before, after))
-        for stain in range(3):
-            gain, offset = np.polyfit(x[:, stain].numpy(), y[:, stain].numpy(), 1)
-            assert np.allclose(y[:, stain], gain * x[:, stain] + offset, atol=1e-4)
-            assert 0.8 <= gain <= 1.2 and abs(offset) <= 0.2 / 4 + 1e-4
-            gains.append(gain)
-    assert np.std(gains) == pytest.approx(0.4 / math.sqrt(12), rel=0.3)  # uniform
+        x, y = (-t.log().flatten(1).T for t in (before, after))
+        amounts = torch.cat([x @ torch.linalg.inv(hed), torch.ones(len(x), 1)], 1)
+        fit = torch.linalg.lstsq(amounts, y).solution  # three stains, and what was added
+        assert torch.allclose(amounts @ fit, y, atol=1e-4)
+        assert fit[3].abs().max() <= 0.2 / 4 * 3 * (1 + 0.08) + 1e-4
+        # Of each stain: one gain within +- 20 % for all three channels, the rest is its colour.
+        low, high = (fit[:3] / (hed + side * 0.08) for side in (1, -1))
+        low, high = (torch.where(hed > 0.08, t, fill) for t, fill in ((low, 0.0), (high, 9.0)))
+        assert (low.amax(1).clamp_min(0.8) <= high.amin(1).clamp_max(1.2) + 1e-4).all()
+        gains.append((fit[:3] * hed).sum(1) / (hed * hed).sum(1))
+        colours.append(fit[:3] / fit[:3].norm(dim=1, keepdim=True))
+    assert 0.11 < torch.stack(gains).std() < 0.14  # 0.115 of the gain, 0.046 of the colour
+    assert (torch.stack(colours).std(0) > 0.005).all()
     unchanged = Training.stain_jitter(images, torch.Generator().manual_seed(0), 0.0)
     assert torch.allclose(unchanged, images, atol=1e-5)
 
