@@ -331,6 +331,10 @@ def test_what_varied_stains_gain_is_what_the_folds_say(report: str) -> None:
         ("is {:.3f} ({:.3f}) behind on these", "the wider network of appendix C", *three),
     ):
         assert said.format(*gain(*arguments)) in text, said
+    fresh = {fold: run for fold, run in runs[kept].items() if fold[0] == "search_stains"}
+    runs["on the random folds"] = fresh
+    said = "on these the mean gains {:.3f} ({:.3f}), less than two"
+    assert len(fresh) == 5 and said.format(*gain("on the random folds", *three)) in text
     lines = (ROOT / "tests" / "benchmarks" / "stains_amx.txt").read_text().splitlines()[1:]
     before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
     assert f"as fast as before, {after:,.0f} images/s against {before:,.0f} (medians" in text
