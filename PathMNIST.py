@@ -83,7 +83,7 @@ from Training import (
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16", "rounded")
+PRECISIONS = ("auto", "fp32", "bf16")
 OPTIONS = frozenset(field.name for field in fields(Config))
 RESULTS = ("val", "val_tta", "test", "test_tta")  # _tta: mean over eight flips and turns
 EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU 500 take half as long again each
@@ -169,7 +169,7 @@ def build_parser() -> Parser:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="default: auto (bf16 where fast, else fp32 rounded to bf16; on an Apple GPU fp32)",
+        help="default: auto (bf16 where it is faster, else fp32)",
     )
     add(
         "--log-dir",
@@ -813,7 +813,7 @@ def new_runs(args: dict) -> None:
         raise UserError("more processes than val images; lower --nproc-per-node")
     seeds = list(dict.fromkeys(args.get("seeds", [args.get("seed", Config.seed)])))
     log_dir = args.get("log_dir", Path("runs"))
-    config = resolve(config, max(1, data.counts["train"] // world()[1]))
+    config = shared(lambda: resolve(config, max(1, data.counts["train"] // world()[1])))
     names = "-".join(map(str, seeds))[:50]
     name = f"{config.model}-seed{names}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = args.get("name", f"synthetic-{name}" if data.kind == "synthetic" else name)

@@ -9,16 +9,17 @@ early stopping, TensorBoard scalars, checkpoints and resume. Used by PathMNIST.p
 
 import copy
 import csv
+import functools
 import io
 import math
 import os
 import pickle
 import signal
 import time
+import timeit
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -124,8 +124,7 @@ def resolve(config: Config, n_train: int) -> Config:
         )
     precision = config.precision
     if precision == "auto":
-        # An Apple GPU computes in plain fp32: what rounding does there was never tried.
-        precision = "bf16" if has_bf16(device) else "fp32" if device == "mps" else "rounded"
+        precision = "bf16" if is_bf16_faster(device) else "fp32"
     # The schedule needs its whole length to anneal, so by default only a run whose validation loss
     # has not come near its lowest (see `best_epoch`) for a third of its epochs is cut short.
     patience = config.patience or max(5, math.ceil(epochs / 3))
@@ -137,12 +136,29 @@ def has_mps() -> bool:
     return torch.backends.mps.is_available() and not dist.is_initialized()
 
 
-def has_bf16(device: str) -> bool:
-    """Return whether the device computes bfloat16 in hardware (emulated, it is slower)."""
+@functools.cache
+def is_bf16_faster(device: str) -> bool:
+    """Return whether the device computes faster in bfloat16 than in float32.
+
+    With AVX-512 BF16 some processors do (AMD's, and Intel's with AMX) and others take twice as long
+    (Intel's without), so a small matrix product in each is timed: some milliseconds, on one thread
+    as that is undisturbed by what else is running.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions: none
-    return device == "cpu" and capabilities.get("avx512_bf16", False)
+    if device != "cpu" or not capabilities.get("avx512_bf16", False):
+        return False  # emulated, it is far slower
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=7))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    faster = seconds(torch.bfloat16) < seconds(torch.float32)
+    torch.set_num_threads(threads)
+    return faster
 
 
 def to_device(model: nn.Module, device: str) -> nn.Module:
@@ -413,25 +429,19 @@ def gather(*arrays: np.ndarray) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------ training
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Round to the nearest bf16, but stay in fp32."""
-    return x.bfloat16().float()
-
-
-def orthogonalize(matrix: Tensor, steps: int, store: Callable[[Tensor], Tensor]) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """Return the matrix with its singular values moved towards 1: about the nearest orthogonal one.
 
     The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon):
     a step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2.
-    `store` is what every intermediate result passes through, to be kept in bf16 or rounded to it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = store(matrix.T if len(matrix) > matrix.shape[1] else matrix)
-    x = store(x / store(x.norm()).clamp_min(1e-7))
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
-        gram = store(x @ x.T)
-        polynomial = store(torch.addmm(gram, gram, gram, beta=b, alpha=c))
-        x = store(torch.addmm(x, polynomial, x, beta=a))
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
@@ -443,9 +453,9 @@ class ConvMuon(torch.optim.Optimizer):
     in, 3, 3) is taken as a matrix (out, 3 * 3 * in). Steps are scaled to the size of AdamW's (Liu
     et al. 2025, arXiv 2502.16982).
 
-    It steps as `torch.optim.Muon` does, which orthogonalises in bf16: where a processor has to
-    emulate that, it can take longer than the rest of a training step. Without `bf16`, the
-    arithmetic is fp32's here, and only the results are rounded to bf16.
+    It steps as `torch.optim.Muon` does, but that always orthogonalises in bf16: where a processor
+    has to emulate it, this can take longer than the rest of a training step. Here `dtype` says in
+    what.
     """
 
     def __init__(
@@ -455,9 +465,9 @@ class ConvMuon(torch.optim.Optimizer):
         weight_decay: float,
         ns_steps: int = 3,  # 5, as usual, orthogonalise more exactly; here they gain nothing
         momentum: float = 0.95,
-        bf16: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.store = Tensor.bfloat16 if bf16 else rounded
+        self.dtype = dtype
         options = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(kernels, {**options, "ns_steps": ns_steps, "momentum": momentum})
 
@@ -473,7 +483,7 @@ class ConvMuon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
                 update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-                update = orthogonalize(update, group["ns_steps"], self.store)
+                update = orthogonalize(update.to(self.dtype), group["ns_steps"])
                 weights.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(update.shape))
                 weights.add_(update.reshape(weights.shape), alpha=-group["lr"] * scale)
@@ -492,7 +502,8 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    muon = ConvMuon(kernels, config.lr, config.weight_decay, bf16=config.precision == "bf16")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    muon = ConvMuon(kernels, config.lr, config.weight_decay, dtype=dtype)
     return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=config.device != "mps")]
 
 
@@ -573,16 +584,6 @@ def train_one_epoch(
     }
 
 
-def round_to_bf16(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-    """Forward hook: round what a layer puts out, and the gradient that comes back, to bf16.
-
-    The arithmetic stays in fp32, and fast, where a processor has no bf16; the rounding, which is
-    what bf16 does to the weights that are found, is then the same with and without it.
-    """
-    layers = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return rounded(output) if isinstance(module, layers) else output
-
-
 def train_step(
     net: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -600,11 +601,7 @@ def train_step(
     targets = F.one_hot(labels, len(SHORT_NAMES)).float()
     if config.cutmix:
         images, targets = cutmix(images, targets, generator, config.cutmix)
-    hooked = config.precision == "rounded"
-    with (
-        torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"),
-        register_module_forward_hook(round_to_bf16) if hooked else nullcontext(),
-    ):
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = net(images)
     logits = logits.float()
     net.zero_grad()

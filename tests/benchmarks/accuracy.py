@@ -230,7 +230,7 @@ def rows() -> dict[str, tuple[Callable[[PathData, int], dict], int]]:
         "CutMix": ({"cutmix": 0.0}, 2),
         "skip connections": ({"skip": False}, 3),
         "EMA": ({"ema": 0.0}, 3),
-        "rounding to bf16": ({"precision": "fp32"}, 5),
+        "bf16": ({"precision": "fp32"}, 5),
     }
     for name, (options, seeds) in without.items():
         table[f"default without {name}"] = (
