@@ -140,9 +140,9 @@ def has_mps() -> bool:
 def is_bf16_faster(device: str) -> bool:
     """Return whether the device computes faster in bfloat16 than in float32.
 
-    With AVX-512 BF16 some processors do (AMD's, and Intel's with AMX) and others take twice as long
-    (Intel's without), so a small matrix product in each is timed: some milliseconds, on one thread
-    as that is undisturbed by what else is running.
+    Not all with AVX-512 BF16 do: an AMD processor and one with AMX were faster, an Intel one
+    without AMX took twice as long. So a small matrix product in each is timed, for some
+    milliseconds; on one thread, as several disturb each other where the processor is busy.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
