@@ -114,6 +114,29 @@ def three_figures(row: dict) -> str:
     return f"{one}, {eight} and {row['ensemble_test_tta']:.3f}"
 
 
+def test_what_fp32_reaches_is_what_its_runs_say(report: str) -> None:
+    import accuracy
+
+    rows = benchmark_rows("accuracy_fp32")
+    row, small = rows["default"], rows["128,809-parameter CNN, own recipe"]
+    table = accuracy.markdown({"fifth, AVX-512, plain fp32": row}).splitlines()[1:]
+    assert rows_missing("\n".join(table), report) == []
+    text = " ".join(report.split())
+    figures = three_figures(row)
+    assert f"in fp32, five runs reached {figures}." in text
+    assert f"on another processor, in fp32, with {figures} (appendix C)" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"in fp32, five runs of this project reached {figures}." in readme
+    others = (small, benchmark_rows("accuracy")["128,809-parameter CNN, own recipe"])
+    assert len({f"{other['test']['mean']:.3f}" for other in others}) == 1
+    assert f"in the same run, reached {small['test']['mean']:.3f}, as in section 4." in text
+    both = (row, benchmark_rows("accuracy")["default"])
+    means = [
+        spread([run for each in both for run in each[key]["runs"]]) for key in ("test", "test_tta")
+    ]
+    assert "means are {} on test and {} over eight views".format(*means) in text
+
+
 def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
     import accuracy
 
@@ -148,7 +171,7 @@ def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
     assert said.format(*means) in text
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert (
-        f"reached {three_figures(amx)} on this processor, {three_figures(bf16)} on one with "
+        f"reached {three_figures(amx)} on the first processor, {three_figures(bf16)} on one with "
         f"AVX-512 BF16 and {three_figures(avx2)} on one without bf16."
     ) in readme
     assert f"| {differences([(benchmark_rows('accuracy')['default'], amx)])} |\n" in report

@@ -5,6 +5,8 @@ import errno
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING, differences, different_checkpoints, only_line
+from conftest import ROOT, TRAINING, differences, different_checkpoints, only_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -531,6 +533,15 @@ def test_muon_steps_as_torchs_does(dtype: torch.dtype) -> None:
             moved = (matrix - start).norm()
             assert moved > 0.1
             assert difference == 0 if dtype == torch.bfloat16 else difference < 0.02 * moved
+
+
+def test_denormal_numbers_are_flushed_in_every_thread() -> None:
+    code = "import Training, torch; print(int((torch.full((10**6,), 1e-39) * 0.9).count_nonzero()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    assert done.stdout.strip() == "0"
 
 
 # ---- files and signals --------------------------------------------------------------------------
