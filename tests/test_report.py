@@ -558,9 +558,10 @@ def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) ->
 
 
 def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
-    here, there, matrix_units = (
-        json.loads((ROOT / "tests" / "benchmarks" / f"{name}.json").read_text())
-        for name in ("speed", "speed_avx2", "speed_amx")
+    folder = ROOT / "tests" / "benchmarks"
+    here, there, matrix_units, fp32 = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("speed", "speed_avx2", "speed_amx", "speed_fp32")
     )
     text = " ".join(report.split())
     plain = [run["step"]["training step, default in plain fp32"] for run in (here, there)]
@@ -568,8 +569,10 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
     before = json.loads((ROOT / "tests" / "benchmarks" / "wider" / "speed_amd.json").read_text())
     ours = [run["step"]["training step, default"] for run in (here, before)]
     assert f"BF16 a step is {ours[0] / ours[1]:.1f} times as fast as with the wider one" in text
-    fulls = {"AVX-512 BF16": "730 s", "AMX": "577 s", "AVX2": "3,054 s (10)"}
-    for (name, full), results in zip(fulls.items(), (here, matrix_units, there), strict=True):
+    fulls = {"AVX-512 BF16": "730 s", "AMX": "577 s", "AVX-512, in fp32": "1,306 s (d)"}
+    fulls["AVX2"] = "3,054 s (10)"
+    runs = (here, matrix_units, fp32, there)
+    for (name, full), results in zip(fulls.items(), runs, strict=True):
         step = results["step"]
         ours, _, nchw, resnet = (v for k, v in step.items() if k.startswith("training step"))
         share = step["GFLOP/s, default"] / step["GFLOP/s, matmul 4096"]
@@ -578,8 +581,8 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
         assert f"| {' | '.join([*cells, full])} |".replace("%", " %") in text
         if "1" in results["runs"]:
             run = results["runs"]["1"]
-            epochs = " (10)" if run["epochs"] == 10 else ""
-            assert f"{run['seconds']:,.0f} s{epochs}" == full
+            mark = " (10)" if run["epochs"] == 10 else " (d)" if results is fp32 else ""
+            assert f"{run['seconds']:,.0f} s{mark}" == full
     import speed
 
     assert rows_missing(speed.markdown(matrix_units).partition("\n\n")[2], report) == []
@@ -645,9 +648,32 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
     ) in text
 
 
+def test_what_is_said_of_slow_bf16_and_denormals_is_what_was_measured(report: str) -> None:
+    folder = ROOT / "tests" / "benchmarks"
+    lines = (folder / "bf16_without_amx.txt").read_text().splitlines()[1:]
+    fp32, bf16, peak, peak_bf16 = (
+        statistics.median(map(float, line.split(":")[1].split())) for line in lines
+    )
+    text = " ".join(report.split())
+    assert (
+        f"makes {peak_bf16:.0f} GFLOP/s against {peak:.0f}, and a training step {bf16:.0f} "
+        f"images/s against {fp32:.0f} (medians of seven"
+    ) in text
+    lines = (folder / "denormals_fp32.txt").read_text().splitlines()[-4:]
+    keep, flush, keep_bf16, flush_bf16 = (
+        statistics.mean(map(float, line.split(":")[1].split())) for line in lines
+    )
+    slow = json.loads((folder / "speed_fp32.json").read_text())["runs"]["1"]["seconds"]
+    assert f"whole runs took 1,260 and {slow:,.0f} s." in text
+    assert (
+        f"a step makes {flush:.0f} images/s with flushing and {keep:.0f} without, and in bf16 "
+        f"{flush_bf16:.0f} and {keep_bf16:.0f} (`denormals_fp32.txt`)"
+    ) in text
+
+
 def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "sample_runs.txt").read_text().splitlines()[1:]
-    bf16, amx, before = (
+    bf16, amx, before, fp32 = (
         [float(s) for s in line.split(":")[1].split("(")[0].split()] for line in lines
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -656,6 +682,9 @@ def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
     assert f"on another day it was {spans[2]} and 739 s with AMX." in readme
     medians = [f"{statistics.median(seconds):.0f} s" for seconds in (bf16, amx)]
     text = " ".join(report.split())
+    slower = f"{min(fp32):.0f} to {max(fp32):.0f} s"
+    assert f"sample's run ({slower}, three runs)" in text
+    assert f"three runs on the sample took {slower}," in readme
     assert (
         f"four such runs took {spans[0]}, in the median {medians[0]}, and six with AMX {spans[1]}, "
         f"in the median {medians[1]} (`sample_runs.txt`)"
