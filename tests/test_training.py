@@ -4,6 +4,7 @@ import csv
 import errno
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -542,6 +543,29 @@ def test_denormal_numbers_are_flushed_in_every_thread() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot")
     assert done.stdout.strip() == "0"
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    code = """
+import {}, resource, torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        large = [torch.zeros(5 << 20, dtype=torch.uint8) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library than glibc")
+    counts = []
+    for module in ("torch", "Training"):
+        command = [sys.executable, "-c", code.format(module)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    if counts[0] < 1000:
+        pytest.skip("here freed memory is kept anyway")
+    assert counts[1] < 100
 
 
 # ---- files and signals --------------------------------------------------------------------------
