@@ -42,7 +42,7 @@ from Evaluation import validation_metrics
 # fp32 is slow: without this, a step on 90,000 images took a third longer after 5,000 steps.
 torch.set_flush_denormal(True)  # before any thread of PyTorch's is started: they inherit it
 
-# glibc gives much of what a step frees back to the kernel, and to take it anew, page by page, was 4
+# glibc gives much of what a step frees back to the kernel, and to take it anew, page by page, was 3
 # to 11 % of a step's time. So it keeps up to 256 MiB, and arrays up to 32 MiB come from these.
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
     libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
