@@ -125,12 +125,13 @@ def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None
     assert rows_missing("\n".join(accuracy.markdown(rows).splitlines()[1:]), report) == []
     text = " ".join(report.split())
     figures = three_figures(fifth["default"])
-    assert f"in fp32, five runs reached {figures}." in text
+    both = f"{three_figures(third['default'])} in bf16 and {figures} in fp32."
+    assert f"on two others five runs each reached {both}" in text
     assert f"on another processor, in fp32, with {figures} (appendix C); on a third, " in text
     assert f"the first was met, with {three_figures(third['default'])}." in text
     assert third["default"]["test"]["mean"] >= 0.920
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"in fp32, five runs of this project reached {figures}." in readme
+    assert f"other processors five runs each of this project reached {both}" in readme
     small = [
         f"{machine['128,809-parameter CNN, own recipe']['test']['mean']:.3f}"
         for machine in (third, fifth, first)
@@ -183,10 +184,7 @@ def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
     said = "Over the fifteen runs in bf16, or rounded to it, the means are {} on test and {} over"
     assert said.format(*means) in text
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        f"reached {three_figures(amx)} on the first processor, {three_figures(bf16)} on one with "
-        f"AVX-512 BF16 and {three_figures(avx2)} on one without bf16."
-    ) in readme
+    assert f"reached {three_figures(amx)} on the first processor. A wider" in readme
     assert f"| {differences([(benchmark_rows('accuracy')['default'], amx)])} |\n" in report
 
 
