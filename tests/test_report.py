@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import Evaluation
@@ -311,6 +312,8 @@ SEARCHES = [
     "_colour",
     "_stains",
     "_fp32",
+    "_screened",
+    "_screened_colour",
 ]
 
 
@@ -324,6 +327,53 @@ def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
         gains = [sum(folds[i][key] - base[i][key] for i in folds) / len(folds) for key in keys]
         table.append(f"| {name} | {len(folds)} | " + " | ".join(f"{g:+.3f}" for g in gains) + " |")
     assert rows_missing("\n".join(table), report) == []
+
+
+def test_the_screenings_effects_are_what_its_runs_say(report: str) -> None:
+    lines = (ROOT / "tests" / "benchmarks" / "search_screening.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    names = list(runs[0]["settings"])
+    levels = {name: sorted({run["settings"][name] for run in runs}) for name in names}
+    signs = [[levels[name].index(run["settings"][name]) * 2 - 1 for name in names] for run in runs]
+    folds = np.array([run["fold"] for run in runs])
+    design = np.hstack([folds[:, None] == np.unique(folds), signs]).astype(float)
+    keys = ("val", "val_tta", "shift", "val_tta_loss")
+    figures = np.array([[run[key] for key in keys] for run in runs])
+    figures = np.hstack([figures[:, :3].mean(1, keepdims=True), figures])
+    fitted = np.linalg.lstsq(design, figures, rcond=None)[0]
+    spare = len(runs) - design.shape[1]
+    residuals = ((figures - design @ fitted) ** 2).sum(0)
+    effects, errors = 2 * fitted[-len(names) :], 2 * np.sqrt(residuals / spare / len(runs))
+    table = [
+        f" | {low:g} | {high:g} | " + " | ".join(f"{gain:+.3f}" for gain in gains) + " |"
+        for (low, high), gains in zip(levels.values(), effects, strict=True)
+    ]
+    assert len(table) == 13 and [row for row in table if row not in report] == []
+    assert [f"{error:.3f}" for error in errors] == ["0.003", "0.003", "0.004", "0.004", "0.008"]
+    useful = (abs(effects[:, 0]) > 2 * errors[0]) & (effects[:, 0] * effects[:, 4] < 0)
+    on = {name for name, yes in zip(names, useful, strict=True) if yes}
+    assert on == {"lr", "label_smoothing", "cutmix", "stain_gain", "warmup"}
+    assert f"half their sum, {effects[useful, 0].sum() / 2:.3f}, was" in " ".join(report.split())
+
+
+def test_what_the_screened_gain_is_what_the_folds_say(report: str) -> None:
+    gains = []
+    for name in ("search_screened", "search_screened_colour"):
+        base, other = folds_of(name).values()
+        gains.append(
+            [
+                statistics.mean(other[i][key] - base[i][key] for key in ("val", "val_tta", "shift"))
+                for i in base
+            ]
+        )
+    text = " ".join(report.split())
+    for said, values in (
+        ("Over all nine the mean gains {:.3f} (standard error {:.3f}):", gains[0] + gains[1]),
+        ("On the random folds alone it is {:+.3f} ({:.3f}),", gains[0]),
+        ("had seen the images, {:+.3f} ({:.3f}).", gains[1]),
+    ):
+        error = statistics.stdev(values) / len(values) ** 0.5
+        assert said.format(statistics.mean(values), error) in text
 
 
 def test_what_plain_fp32_costs_is_what_the_folds_say(report: str) -> None:
