@@ -115,10 +115,11 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> float:
     """
     from sklearn.metrics import roc_auc_score
 
-    defined = [c for c in np.unique(labels) if np.any(labels != c)]
-    if not defined or not np.isfinite(probs).all():
+    present = np.unique(labels)
+    if len(present) < 2 or not np.isfinite(probs).all():
         return float("nan")
-    return float(np.mean([roc_auc_score(labels == c, probs[:, c]) for c in defined]))
+    # All classes in one call: one for each spends three times as long on checking its arguments.
+    return float(roc_auc_score(labels[:, None] == present, probs[:, present], average="macro"))
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:

@@ -42,6 +42,7 @@ except ImportError:  # Windows, where runs are not locked
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -520,9 +521,11 @@ def evaluate(
         figures = {"learning_curves": curves, **figures}
     (out_dir / "figures").mkdir(exist_ok=True)
     for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
-        figure.savefig(out_dir / "figures" / f"{name}.png")
-        if writer is not None:
-            writer.add_figure(f"Results/{name}", figure, training["epochs"] + 1)
+        path = out_dir / "figures" / f"{name}.png"
+        figure.savefig(path)
+        if writer is not None:  # the saved picture: add_figure would draw it a second time
+            picture, step = np.asarray(Image.open(path)), training["epochs"] + 1
+            writer.add_image(f"Results/{name}", picture, step, dataformats="HWC")
     if writer is not None:
         log_pr_curves(writer, data, probs, training["epochs"] + 1)
     return {**results, "probs": probs}
@@ -694,8 +697,6 @@ def read_tile(path: Path, size: int) -> np.ndarray:
     Transparent pixels become white, as an empty slide is; 16-bit greys are scaled to 8 bits.
     Raises an exception, mostly Pillow's, when the file is no image, too large, or holds NaN.
     """
-    from PIL import Image
-
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
