@@ -25,6 +25,11 @@ def report() -> str:
 
 
 @pytest.fixture(scope="module")
+def record() -> str:
+    return (ROOT / "docs" / "searches.md").read_text()
+
+
+@pytest.fixture(scope="module")
 def metrics() -> dict:
     return json.loads((BEST / "metrics.json").read_text())
 
@@ -152,7 +157,7 @@ def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None
     assert said.format(*means, *ensembles) in text
 
 
-def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
+def test_the_recipe_before_is_what_its_runs_say(record: str) -> None:
     import accuracy
 
     files = ("accuracy", "accuracy_amx", "accuracy_avx2")
@@ -165,8 +170,8 @@ def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
         "third, plain fp32": tables[0]["default without rounding to bf16"],
         "fourth, AVX2, rounded to bf16": avx2,
     }
-    assert rows_missing("\n".join(accuracy.markdown(rows).splitlines()[1:]), report) == []
-    text = " ".join(report.split())
+    assert rows_missing("\n".join(accuracy.markdown(rows).splitlines()[1:]), record) == []
+    text = " ".join(record.split())
     theirs, small = "MedMNIST's official ResNet-18", "128,809-parameter CNN, own recipe"
     reached, others = (
         "{1:.3f}, {0:.3f} and {2:.3f}".format(*(table[name]["test"]["mean"] for table in tables))
@@ -186,7 +191,7 @@ def test_the_recipe_before_is_what_its_runs_say(report: str) -> None:
     assert said.format(*means) in text
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"reached {three_figures(amx)} on the first processor. A wider" in readme
-    assert f"| {differences([(benchmark_rows('accuracy')['default'], amx)])} |\n" in report
+    assert f"| {differences([(benchmark_rows('accuracy')['default'], amx)])} |\n" in record
 
 
 def differences(pairs: list[tuple[dict, dict]]) -> str:
@@ -224,12 +229,12 @@ def test_what_the_parts_are_worth_is_what_the_runs_say(report: str) -> None:
     assert "val still rises {} and test {}, and no curve is flat, though".format(*steps) in text
 
 
-def test_the_wider_networks_figures_are_those_of_its_runs(report: str) -> None:
+def test_the_wider_networks_figures_are_those_of_its_runs(record: str) -> None:
     names = ("accuracy", "accuracy_fp32", "accuracy_amd", "accuracy_avx2")
     one, two, three, four = (benchmark_rows(f"wider/{name}") for name in names)
     groups = [one["default"], two["default"], two["default, other seeds"], three["default"]]
     groups.append(four["default"])
-    appendix = " ".join(report.partition("## Appendix C")[2].split())
+    appendix = " ".join(record.split())
     for key in ("test", "test_tta"):
         runs = [accuracy for row in groups for accuracy in row[key]["runs"]]
         assert len(runs) == 25
@@ -249,7 +254,7 @@ def test_the_wider_networks_figures_are_those_of_its_runs(report: str) -> None:
         "fourth, AVX2, rounded to bf16": four["default"],
     }
     rows = accuracy.markdown(table).splitlines()[1:]
-    assert rows_missing("\n".join(rows), report) == []
+    assert rows_missing("\n".join(rows), record) == []
     theirs = "MedMNIST's official ResNet-18"
     reached = [rows[theirs]["test"]["mean"] for rows in (one, three)]
     times = [
@@ -263,7 +268,7 @@ def test_the_wider_networks_figures_are_those_of_its_runs(report: str) -> None:
     assert said in appendix
 
 
-def test_the_wider_networks_speed_is_what_was_measured(report: str) -> None:
+def test_the_wider_networks_speed_is_what_was_measured(record: str) -> None:
     machines = {"first, AMX": "", "third, AVX-512 BF16": "_amd", "fourth, AVX2": "_avx2"}
     table = []
     for name, suffix in machines.items():
@@ -279,17 +284,17 @@ def test_the_wider_networks_speed_is_what_was_measured(report: str) -> None:
         cells.append(f"{whole['seconds']:,.0f} s" if whole else "")
         cells.append(f"{whole['peak_mib']:,.0f} MiB" if whole else "")
         table.append(f"| {' | '.join(cells)} |")
-    assert rows_missing("\n".join(table), report) == []
+    assert rows_missing("\n".join(table), record) == []
 
 
-def test_what_rounding_gains_is_what_the_runs_say(report: str) -> None:
+def test_what_rounding_gains_is_what_the_runs_say(record: str) -> None:
     two, three = map(benchmark_rows, ("wider/accuracy_fp32", "wider/accuracy_amd"))
     here = benchmark_rows("fixed_stains/accuracy")
     names = ("default", "default without rounding to bf16")
     ten = [tuple(two[name + more] for name in names) for more in ("", ", other seeds")]
     wider, present = ([tuple(rows[name] for name in names)] for rows in (three, here))
     for pairs in (ten, wider, ten + wider, present):
-        assert f" | {differences(pairs)} |\n" in report
+        assert f" | {differences(pairs)} |\n" in record
 
 
 def folds_of(name: str) -> dict[str, dict[int, dict]]:
@@ -318,7 +323,7 @@ SEARCHES = [
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
+def test_search_table_is_what_its_runs_say(record: str, name: str) -> None:
     (first, base), *others = folds_of(f"search{name}").items()
     keys = ("val", "val_tta", "shift", "val_tta_loss")
     means = [sum(run[key] for run in base.values()) / len(base) for key in keys]
@@ -326,10 +331,10 @@ def test_search_table_is_what_its_runs_say(report: str, name: str) -> None:
     for name, folds in others:
         gains = [sum(folds[i][key] - base[i][key] for i in folds) / len(folds) for key in keys]
         table.append(f"| {name} | {len(folds)} | " + " | ".join(f"{g:+.3f}" for g in gains) + " |")
-    assert rows_missing("\n".join(table), report) == []
+    assert rows_missing("\n".join(table), record) == []
 
 
-def test_the_screenings_effects_are_what_its_runs_say(report: str) -> None:
+def test_the_screenings_effects_are_what_its_runs_say(record: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "search_screening.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     names = list(runs[0]["settings"])
@@ -348,15 +353,15 @@ def test_the_screenings_effects_are_what_its_runs_say(report: str) -> None:
         f" | {low:g} | {high:g} | " + " | ".join(f"{gain:+.3f}" for gain in gains) + " |"
         for (low, high), gains in zip(levels.values(), effects, strict=True)
     ]
-    assert len(table) == 13 and [row for row in table if row not in report] == []
+    assert len(table) == 13 and [row for row in table if row not in record] == []
     assert [f"{error:.3f}" for error in errors] == ["0.003", "0.003", "0.004", "0.004", "0.008"]
     useful = (abs(effects[:, 0]) > 2 * errors[0]) & (effects[:, 0] * effects[:, 4] < 0)
     on = {name for name, yes in zip(names, useful, strict=True) if yes}
     assert on == {"lr", "label_smoothing", "cutmix", "stain_gain", "warmup"}
-    assert f"half their sum, {effects[useful, 0].sum() / 2:.3f}, was" in " ".join(report.split())
+    assert f"half their sum, {effects[useful, 0].sum() / 2:.3f}, was" in " ".join(record.split())
 
 
-def test_what_the_screened_gain_is_what_the_folds_say(report: str) -> None:
+def test_what_the_screened_gain_is_what_the_folds_say(record: str) -> None:
     gains = []
     for name in ("search_screened", "search_screened_colour"):
         base, other = folds_of(name).values()
@@ -366,7 +371,7 @@ def test_what_the_screened_gain_is_what_the_folds_say(report: str) -> None:
                 for i in base
             ]
         )
-    text = " ".join(report.split())
+    text = " ".join(record.split())
     for said, values in (
         ("Over all nine the mean gains {:.3f} (standard error {:.3f}):", gains[0] + gains[1]),
         ("On the random folds alone it is {:+.3f} ({:.3f}),", gains[0]),
@@ -376,7 +381,7 @@ def test_what_the_screened_gain_is_what_the_folds_say(report: str) -> None:
         assert said.format(statistics.mean(values), error) in text
 
 
-def test_what_plain_fp32_costs_is_what_the_folds_say(report: str) -> None:
+def test_what_plain_fp32_costs_is_what_the_folds_say(record: str) -> None:
     rounded, plain = folds_of("search_fp32").values()
 
     def gain(*keys: str) -> tuple[float, float]:
@@ -398,7 +403,7 @@ def test_what_plain_fp32_costs_is_what_the_folds_say(report: str) -> None:
         f"faster**. Val is {-val[0]:.3f} lower ({val[1]:.3f}), over eight views {eight[0]:.3f} "
         f"higher ({eight[1]:.3f}). Simulated shift is {-shift[0]:.3f} lower ({shift[1]:.3f}), on "
         "nine folds of ten"
-    ) in " ".join(report.split())
+    ) in " ".join(record.split())
 
 
 def test_how_often_the_last_epoch_was_kept_is_what_the_searches_say(report: str) -> None:
@@ -409,7 +414,7 @@ def test_how_often_the_last_epoch_was_kept_is_what_the_searches_say(report: str)
     assert text in " ".join(report.split())
 
 
-def test_what_varied_stains_gain_is_what_the_folds_say(report: str) -> None:
+def test_what_varied_stains_gain_is_what_the_folds_say(record: str) -> None:
     runs: dict[str, dict[tuple, dict]] = {}
     for name in ("search_colour", "search_stains"):
         for variant, folds in folds_of(name).items():
@@ -427,7 +432,7 @@ def test_what_varied_stains_gain_is_what_the_folds_say(report: str) -> None:
 
     three = ("val", "val_tta", "shift")
     kept = "colours of the stains vary by 0.1 (kept)"
-    text = " ".join(report.split())
+    text = " ".join(record.split())
     for said, *arguments in (
         (
             "three accuracies was {:.3f} higher on the colour folds (standard error {:.3f})",
@@ -448,7 +453,7 @@ def test_what_varied_stains_gain_is_what_the_folds_say(report: str) -> None:
         ),
         ("Without stain jitter the mean falls by {:.3f} ({:.3f}),", "no stain jitter", *three),
         ("without gain and offset by {:.3f} ({:.3f}):", "no gain and offset", *three),
-        ("is {:.3f} ({:.3f}) behind on these", "the wider network of appendix C", *three),
+        ("is {:.3f} ({:.3f}) behind on these", "the wider network", *three),
     ):
         assert said.format(*gain(*arguments)) in text, said
     fresh = {fold: run for fold, run in runs[kept].items() if fold[0] == "search_stains"}
@@ -460,7 +465,7 @@ def test_what_varied_stains_gain_is_what_the_folds_say(report: str) -> None:
     assert f"as fast as before, {after:,.0f} images/s against {before:,.0f} (medians" in text
 
 
-def test_cheaper_table_is_what_its_runs_say(report: str) -> None:
+def test_cheaper_table_is_what_its_runs_say(record: str) -> None:
     runs = (ROOT / "tests" / "benchmarks" / "search_cheaper.jsonl").read_text().splitlines()
     variants: dict[str, list[dict]] = {}
     for run in map(json.loads, runs):
@@ -473,7 +478,7 @@ def test_cheaper_table_is_what_its_runs_say(report: str) -> None:
             values = [row[key] for row in rows if key in row]
             cells.append(f"{sum(values) / len(values):.3f}" if values else "")
         table.append(f"| {' | '.join(cells)} |")
-    assert rows_missing("\n".join(table), report) == []
+    assert rows_missing("\n".join(table), record) == []
 
 
 def test_cutmix_explains_the_jumps_of_train_loss(report: str) -> None:
@@ -518,22 +523,22 @@ def test_what_muons_own_step_gains_is_what_was_timed(report: str) -> None:
     assert text in " ".join(report.split())
 
 
-def test_what_pooling_first_gains_is_what_was_timed(report: str) -> None:
+def test_what_pooling_first_gains_is_what_was_timed(record: str) -> None:
     path = ROOT / "tests" / "benchmarks" / "pooling_first_avx2.txt"
     lines = path.read_text().splitlines()[-2:]
     before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
-    assert f"a step is {after / before:.1f} times as fast (`tests/" in " ".join(report.split())
+    assert f"a step is {after / before:.1f} times as fast (`tests/" in " ".join(record.split())
 
 
-def test_what_the_narrower_network_gains_is_what_was_timed(report: str) -> None:
+def test_what_the_narrower_network_gains_is_what_was_timed(record: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "narrower_avx2.txt").read_text().splitlines()[-2:]
     before, after = (statistics.median(map(float, line.split()[1:])) for line in lines)
     text = f"{after / before:.1f} times as fast without bf16: {after:.0f} images/s"
     text += f" against {before:.0f} (medians"
-    assert text in " ".join(report.split())
+    assert text in " ".join(record.split())
 
 
-def test_what_the_narrower_network_costs_is_what_its_folds_say(report: str) -> None:
+def test_what_the_narrower_network_costs_is_what_its_folds_say(record: str) -> None:
     runs = folds_of("search_adamw")
     wider, narrower = runs["default of that time"], runs["C of the third search (kept)"]
     cells = []
@@ -544,10 +549,10 @@ def test_what_the_narrower_network_costs_is_what_its_folds_say(report: str) -> N
     errors = "{:.3f}, {:.3f}, {:.3f} and {:.3f}.".format(*(error for _, error in cells[:4]))
     single = "is {:.3f} higher, standard error {:.3f}.)".format(*cells[4])
     for text in (means, errors, single):
-        assert text in " ".join(report.split())
+        assert text in " ".join(record.split())
 
 
-def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: str) -> None:
+def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(record: str) -> None:
     names = {"accuracy": "_amd", "accuracy_amx": "", "accuracy_avx2": "_avx2"}
     pairs = [
         (
@@ -563,7 +568,7 @@ def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: s
     lower = (val, val_amx, test, test_amx, views, views_amx)
     assert all(mean.startswith("-") for mean, _ in lower) and val_avx2[0].startswith("+")
     ensembles = [old["ensemble_test_tta"] - new["ensemble_test_tta"] for new, old in pairs]
-    text = " ".join(report.partition("**What speaks against it**")[2].split())
+    text = " ".join(record.partition("**What speaks against it**")[2].split())
     for said in (
         f"val is {val[0][1:]} lower with AVX-512 BF16 (mean of the paired differences; standard "
         f"error over the seeds {val[1]}) and {val_amx[0][1:]} lower with AMX ({val_amx[1]};",
@@ -577,14 +582,14 @@ def test_what_speaks_against_the_narrower_network_is_what_the_runs_say(report: s
         assert said in text, said
 
 
-def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(report: str) -> None:
+def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(record: str) -> None:
     searches = [folds_of("search_blocks"), folds_of("search_stem")]
     cells = []
     for key in ("val", "val_tta", "shift", "val_tta_loss"):
         gains = [
             run[key] - runs["default"][fold][key]
             for runs in searches
-            for fold, run in runs["the wider network of appendix C"].items()
+            for fold, run in runs["the wider network"].items()
         ]
         assert len(gains) == 9 and (statistics.mean(gains) > 0) == key.endswith("loss")
         cells += [abs(statistics.mean(gains)), statistics.stdev(gains) / len(gains) ** 0.5]
@@ -592,11 +597,11 @@ def test_what_speaks_for_the_narrower_network_is_what_its_folds_say(report: str)
         "val is {:.3f} lower with it (standard error {:.3f}), over eight views {:.3f} ({:.3f}), "
         "under simulated shift {:.3f} ({:.3f}), and the loss {:.3f} higher ({:.3f})"
     )
-    text = " ".join(report.split())
+    text = " ".join(record.split())
     assert said.format(*cells) in text
     means = [
         statistics.mean(run["seconds"] for run in searches[1][name].values())
-        for name in ("the wider network of appendix C", "default")
+        for name in ("the wider network", "default")
     ]
     runs = [
         json.loads((ROOT / "tests" / "benchmarks" / name).read_text())["runs"]["1"]
@@ -618,7 +623,7 @@ def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) ->
     assert b <= a + float(lowest["val_loss_se"])
 
 
-def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
+def test_what_is_said_of_speed_is_what_was_measured(report: str, record: str) -> None:
     folder = ROOT / "tests" / "benchmarks"
     here, there, matrix_units, fp32, earlier = (
         json.loads((folder / f"{name}.json").read_text())
@@ -629,7 +634,8 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str) -> None:
     assert "fp32 makes {1:.0f} images/s there, and {0:.0f} on that with AVX".format(*plain) in text
     before = json.loads((ROOT / "tests" / "benchmarks" / "wider" / "speed_amd.json").read_text())
     ours = [run["step"]["training step, default"] for run in (earlier, before)]
-    assert f"BF16 a step is {ours[0] / ours[1]:.1f} times as fast as with the wider one" in text
+    said = f"BF16 a step is {ours[0] / ours[1]:.1f} times as fast as with the wider one"
+    assert said in " ".join(record.split())
     fulls = {"AVX-512 BF16": "764 s", "AMX": "577 s", "AVX-512, in fp32": "1,306 s (d)"}
     fulls["AVX2"] = "3,054 s (10)"
     runs = (here, matrix_units, fp32, there)
@@ -770,12 +776,12 @@ def test_how_often_a_training_was_repeated_is_what_was_counted() -> None:
     assert said.format(*counts) in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_what_the_other_stem_gains_is_what_was_timed(report: str) -> None:
+def test_what_the_other_stem_gains_is_what_was_timed(record: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "stem_amx.txt").read_text().splitlines()[2:]
     medians = [statistics.median(map(float, line.split()[1:])) for line in lines]
     one, *two = (other / ours for ours, other in zip(medians[::2], medians[1::2], strict=True))
     said = f"{one:.2f} times as fast with one thread, and {min(two):.2f} to {max(two):.2f} times"
-    assert said in " ".join(report.split())
+    assert said in " ".join(record.split())
 
 
 def test_what_bounds_the_step_is_what_was_profiled(report: str) -> None:
