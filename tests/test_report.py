@@ -123,9 +123,14 @@ def three_figures(row: dict) -> str:
 def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None:
     import accuracy
 
-    first, third, fifth = map(benchmark_rows, ("accuracy", "accuracy_amd", "accuracy_fp32"))
+    names = ("accuracy", "accuracy_amd", "accuracy_fp32", "accuracy_zen5")
+    first, third, fifth, sixth = map(benchmark_rows, names)
+    for name, row in third.items():  # "agree in every figure of every run"
+        for key in ("val", "shift", "test", "test_tta"):
+            assert row[key]["runs"] == sixth[name][key]["runs"]
     rows = {
         "third, AVX-512 BF16, bf16": third["default"],
+        "sixth, AVX-512 BF16, bf16": sixth["default"],
         "fifth, AVX-512, plain fp32": fifth["default"],
     }
     assert rows_missing("\n".join(accuracy.markdown(rows).splitlines()[1:]), report) == []
@@ -142,17 +147,29 @@ def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None
         f"{machine['128,809-parameter CNN, own recipe']['test']['mean']:.3f}"
         for machine in (third, fifth, first)
     ]
-    said = "in the same runs, reached {} and {}, on the first machine (section 4) {}."
-    assert said.format(*small) in text
+    said = "reached {} on the third and the sixth and {} on the fifth, as on the first (section 4)."
+    assert small[1] == small[2] and said.format(*small) in text
+    ours, theirs, other = (
+        sixth[name]
+        for name in (
+            "default",
+            "MedMNIST's official ResNet-18",
+            "128,809-parameter CNN, own recipe",
+        )
+    )
+    below = [100 * (ours["test"]["mean"] - row["test"]["mean"]) for row in (theirs, other)]
+    times = theirs["seconds"]["mean"] / ours["seconds"]["mean"]
+    assert (
+        f"it reached {theirs['test']['mean']:.3f}, {below[0]:.0f} points below the default, which "
+        f"was {times:.1f} times as fast, and the small CNN is {below[1]:.0f} points below it."
+    ) in text
     defaults = [machine["default"] for machine in (first, third, fifth)]
     means = [
         spread([run for row in defaults for run in row[key]["runs"]])
         for key in ("test", "test_tta")
     ]
     ensembles = [f"{row['ensemble_test_tta']:.3f}" for row in defaults]
-    said = (
-        "Over the fifteen runs of the three processors the means are {} on test and {} over eight "
-    )
+    said = "Over the fifteen different runs the means are {} on test and {} over eight "
     said += "views, and three ensembles of five reached {}, {} and {}."
     assert said.format(*means, *ensembles) in text
 
@@ -753,23 +770,24 @@ def test_what_is_said_of_freed_memory_is_what_was_measured(report: str) -> None:
 
 def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
     lines = (ROOT / "tests" / "benchmarks" / "sample_runs.txt").read_text().splitlines()[1:]
-    bf16, _, amx, before, fp32 = (
+    bf16, _, amx, before, fp32, zen5 = (
         [float(s) for s in line.split(":")[1].split("(")[0].split()] for line in lines
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
-    spans = [f"{min(seconds):.0f} to {max(seconds):.0f} s" for seconds in (bf16, amx, before)]
-    assert f"with AVX-512 BF16 took {spans[0]} and six with AMX {spans[1]}; the full" in readme
-    assert f"on another day it was {spans[2]} and 739 s with AMX." in readme
+    spans = [f"{min(seconds):.0f} to {max(seconds):.0f} s" for seconds in (bf16, zen5, amx, before)]
+    said = "on Zen 4 took {}, four on Zen 5 {} and six with AMX {}; the full".format(*spans)
+    assert said in readme
+    assert f"on another day it was {spans[3]} and 739 s with AMX." in readme
     medians = [f"{statistics.median(seconds):.0f} s" for seconds in (bf16, amx)]
     text = " ".join(report.split())
     slower = f"{min(fp32):.0f} to {max(fp32):.0f} s"
     assert f"sample's run ({slower}, three runs)" in text
     assert f"three runs on the sample took {slower}," in readme
     assert (
-        f"four such runs took {spans[0]}, in the median {medians[0]}, and six with AMX {spans[1]}, "
-        f"in the median {medians[1]} (`sample_runs.txt`)"
+        f"four such runs took {spans[0]}, in the median {medians[0]}, four on Zen 5 {spans[1]}, "
+        f"and six with AMX {spans[2]}, in the median {medians[1]} (`sample_runs.txt`)"
     ) in text
-    assert f"four runs with AMX on another day took {spans[2]}" in text
+    assert f"four runs with AMX on another day took {spans[3]}" in text
 
 
 def test_how_often_a_training_was_repeated_is_what_was_counted() -> None:
@@ -801,6 +819,18 @@ def test_what_bounds_the_step_is_what_was_profiled(report: str) -> None:
     for part in ("BatchNorm", "MaxPool"):
         assert f"{part} {parts[part]} %" in said
     assert f"matrices, is {parts['Muon']} %" in said
+    text = (ROOT / "tests" / "benchmarks" / "profile_zen5.txt").read_text()
+    zen5 = re.findall(r"^\w+ ([\d.]+)%$", text, re.M)
+    assert "the shares are much the same, {} %, {} %, {} % and {} %, but".format(*zen5) in said
+    rows = re.findall(r"^(?:for|back)ward +[\d.]+ +(\d+) +\[\d+, (\d+),.*, 3, 3\]$", text, re.M)
+    speeds = [int(speed) for speed, channels in rows if channels != "3"]
+    assert f"convolutions run at {min(speeds)} to {max(speeds)} GFLOP/s, and" in said
+    peaks = [
+        json.loads((ROOT / "tests" / "benchmarks" / f"speed{name}.json").read_text())["step"]
+        for name in ("_zen5", "")
+    ]
+    new, old = (step["GFLOP/s, matmul 4096"] for step in peaks)
+    assert f"its matmul ({new:.0f}) is {new / old:.1f} times as fast, its" in said
     text = (ROOT / "tests" / "benchmarks" / "profile_amx.txt").read_text()
     amx = dict(re.findall(r"^(\w+) ([\d.]+)%$", text, re.M))
     assert (
