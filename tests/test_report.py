@@ -780,6 +780,11 @@ def test_how_long_the_samples_run_takes_is_what_was_timed(report: str) -> None:
     assert f"on another day it was {spans[3]} and 739 s with AMX." in readme
     medians = [f"{statistics.median(seconds):.0f} s" for seconds in (bf16, amx)]
     text = " ".join(report.split())
+    once, twice = (
+        [float(s) for s in seconds] for seconds in re.findall(r"([\d.]+) and ([\d.]+) s", lines[-1])
+    )
+    said = f"for TensorBoard, which took {(sum(twice) - sum(once)) / 2:.0f} s more (means of two"
+    assert said in text
     slower = f"{min(fp32):.0f} to {max(fp32):.0f} s"
     assert f"sample's run ({slower}, three runs)" in text
     assert f"three runs on the sample took {slower}," in readme

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TRAINING, differences, different_checkpoints, only_line
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -645,7 +647,13 @@ def test_the_log_read_back(trained: object) -> None:
         assert values == pytest.approx([row["val_recall"][label] for row in history])
 
     tags = log.Tags()
-    assert {"Training/augmentation", "Results/confusion_test"} <= set(tags["images"])
+    assert "Training/augmentation" in tags["images"]
+    saved = list((trained.run_dir / "figures").glob("*.png"))
+    assert {f"Results/{path.stem}" for path in saved} <= set(tags["images"]) and len(saved) > 8
+    for path in saved:  # TensorBoard has the pictures that were saved, after the last epoch
+        (event,) = log.Images(f"Results/{path.stem}")
+        logged, picture = Image.open(BytesIO(event.encoded_image_string)), Image.open(path)
+        assert event.step == 4 and np.array_equal(np.asarray(logged), np.asarray(picture))
     texts = {"config/text_summary", "dataset/text_summary", "results/text_summary"}
     assert texts | {"custom_scalars__config__", "PR test/ADI"} <= set(tags["tensors"])
     assert any(tag.startswith("hparam/test") for tag in tags["scalars"])
