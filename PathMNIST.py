@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -515,7 +516,7 @@ def evaluate(
     for old in set(out_dir.glob("pathmnist*_test_*.csv")) - {new}:
         old.unlink()
     write_json(out_dir / "metrics.json", results)
-    figures = result_figures(model, config, data, probs, metrics, note)
+    figures = result_figures(model, data, probs, metrics, note)
     if history:
         curves = Evaluation.learning_curves(history, training["best_epoch"], note=note)
         figures = {"learning_curves": curves, **figures}
@@ -533,8 +534,6 @@ def evaluate(
 
 def explained_layer(model: nn.Module, size: int) -> nn.Module:
     """Return the layer for Grad-CAM: the last that still has 7 x 7 positions or more."""
-    if isinstance(model, Ensemble):  # its answer, explained by where its first member looks
-        model = model.members[0]
     stages = model.net if hasattr(model, "net") else model
     early, late = ("layer3", "layer4") if hasattr(model, "net") else ("stage2", "stage3")
     return getattr(stages, early if size < 56 else late)
@@ -542,7 +541,6 @@ def explained_layer(model: nn.Module, size: int) -> nn.Module:
 
 def result_figures(
     model: nn.Module,
-    config: Config,
     data: PathData,
     probs: dict[str, np.ndarray],
     metrics: dict[str, dict],
@@ -563,7 +561,7 @@ def result_figures(
     right = test.argmax(1) == labels
     first, wrong = np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]
     shown = np.concatenate([first, wrong])
-    inputs = to_float(torch.from_numpy(images[shown])).to(config.device)
+    inputs = to_float(torch.from_numpy(images[shown]))
     heatmaps = Evaluation.grad_cam(model, inputs, explained_layer(model, data.size))
     table = layer_table(model, data.size)
     figures["architecture"] = Evaluation.architecture_figure(table, type(model).__name__)
@@ -624,7 +622,7 @@ def log_confusion(
     probs: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Log the confusion matrix on val after every fifth of the run and at its end."""
+    """Log the confusion matrix on val after every fifth of the epochs and after the last one."""
     if epoch % math.ceil(config.epochs / 5) == 0 or epoch == config.epochs:
         matrix = Evaluation.compute_metrics(probs, labels)["confusion_matrix"]
         figure = Evaluation.confusion_figure(matrix, f"val, epoch {epoch} {note}".strip())
@@ -680,7 +678,7 @@ def find_tiles(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if os.path.isdir(path):
-            below = [p for p in path.rglob("*") if p.is_file()]
+            below = [p for p in path.rglob("*") if os.path.isfile(p)]
             files += sorted(p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}")
         elif os.path.isfile(path):
             files.append(path)
@@ -726,7 +724,8 @@ def read_tiles(
                 good.append(path)
             except Exception as error:  # whatever a decoder raises, the other files go on
                 skipped.append(path)
-                print(f"skipped {path}: {type(error).__name__}", file=sys.stderr)
+                reason = " ".join(str(error).split())[:100]
+                print(f"skipped {path}: {type(error).__name__}: {reason}", file=sys.stderr)
         if good:
             yield good, torch.from_numpy(np.stack(tiles))
 
@@ -774,9 +773,10 @@ def save_explanations(
     out_dir: Path,
 ) -> None:
     """Save each tile beside its Grad-CAM; numbered from `first`, as file names may be alike."""
-    inputs = to_float(tiles).to(next(model.parameters()).device)
+    if isinstance(model, Ensemble):  # its answer, explained by where its first member looks
+        model = model.members[0]
     layer = explained_layer(model, tiles.shape[1])
-    heatmaps = Evaluation.grad_cam(model, inputs, layer, probs.argmax(1))
+    heatmaps = Evaluation.grad_cam(model, to_float(tiles), layer, probs.argmax(1))
     each = zip(names, tiles.numpy(), heatmaps, probs, strict=True)
     for index, (name, tile, heatmap, p) in enumerate(each, start=first):
         figure = Evaluation.gradcam_figure(tile[None], heatmap[None], None, p[None])
@@ -841,13 +841,16 @@ def resume_run(args: dict) -> None:
     run_dir = args["resume"]
     settings = read_run(run_dir)
     config = settings["config"]
+    several = len(settings["seeds"]) > 1
+    refuse(args, ("seeds", *["seed"] * several, "name", "log_dir"), "--resume")
     for key, value in args.items():
         if hasattr(config, key) and key != "device" and getattr(config, key) != value:
+            flag, had = f"--{key.replace('_', '-')} {value}", f"with {getattr(config, key)}"
+            if value is True:
+                flag, had = flag.removesuffix(" True"), "without it"
             raise UserError(
-                f"--{key.replace('_', '-')} {value}: {run_dir} was started with "
-                f"{getattr(config, key)}; resume without that flag, or start a new run"
+                f"{flag}: {run_dir} was started {had}; resume without that flag, or start a new run"
             )
-    refuse(args, ("seeds", "name", "log_dir"), "--resume")
     data = data_of_run(args, settings, run_dir)
     if data.md5 != settings["dataset"]["md5"]:
         raise UserError(
@@ -887,7 +890,8 @@ def evaluate_run(args: dict) -> None:
     below = "."
     if data.md5 != settings["dataset"]["md5"]:
         below = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
-        print(f"Not the data that {run_dir} was trained on: results go to {run_dir / below}.")
+        where = run_dir / ("seed*" if len(seeds) > 1 else "") / below
+        print(f"Not the data that {run_dir} was trained on: results go to {where}.")
     images = settings["dataset"]["counts"]["train"]
     runs = []
     for seed, folder, model in zip(seeds, folders, models, strict=True):
@@ -994,7 +998,8 @@ def join_processes(args: dict) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Statistics are averaged after each epoch instead; `forward_sync_buffers` is too new to use.
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-    dist.init_process_group("nccl" if gpu else "gloo")
+    # The others wait while the first downloads or evaluates; torchrun ends them if it dies.
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one voice on the terminal)
 
@@ -1054,8 +1059,11 @@ def main(argv: list[str] | None = None) -> int:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in text:
             raise
-        remedy = "" if "predict" in args or "evaluate" in args else "a lower --batch-size, or "
-        print(f"error: {text or 'out of memory'}; use {remedy}--device cpu", file=sys.stderr)
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        remedies = ["use --device cpu" if on_gpu else "close other programs"]
+        if not {"predict", "evaluate", "resume"} & args.keys():  # they refuse that flag
+            remedies.insert(0, "use a lower --batch-size")
+        print(f"error: {text or 'out of memory'}; {' or '.join(remedies)}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that was taken away
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

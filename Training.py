@@ -462,7 +462,7 @@ class ConvMuon(torch.optim.Optimizer):
 
     Muon moves the averaged gradient of a matrix (its momentum) towards the nearest orthogonal
     matrix, so that its weak directions learn at nearly the pace of its strong ones. A kernel (out,
-    in, 3, 3) is taken as a matrix (out, 3 * 3 * in). Steps are scaled to the size of AdamW's (Liu
+    in, k, k) is taken as a matrix (out, k * k * in). Steps are scaled to the size of AdamW's (Liu
     et al. 2025, arXiv 2502.16982).
 
     It steps as `torch.optim.Muon` does, but that always orthogonalises in bf16: where a processor
@@ -789,7 +789,7 @@ def fit(
             synchronise_buffers(model, averaged)
             val, probs, labels = validate(averaged, val_loader)
             row |= val | {"epoch": epoch + 1, "lr": state.optimizers[0].param_groups[0]["lr"]}
-            check_finite(row, state.best_epoch, run_dir)
+            check_finite(row, state, run_dir)
             state.history.append(row)
             if rank == 0:
                 report_epoch(row, state, bar, writer)
@@ -815,20 +815,20 @@ def validate(model: nn.Module, loader: DataLoader) -> tuple[dict, np.ndarray, np
     return {f"val_{name}": value for name, value in metrics.items()}, probs, labels
 
 
-def check_finite(row: dict, best_epoch: int, run_dir: Path) -> None:
+def check_finite(row: dict, state: TrainingState, run_dir: Path) -> None:
     """Stop a run that has diverged."""
     if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
-        kept = (
-            f"{run_dir / 'best.pt'} keeps epoch {best_epoch}" if best_epoch else "nothing to keep"
-        )
+        best = state.best_epoch
+        kept = f"{run_dir / 'best.pt'} keeps epoch {best}" if best else "nothing to keep"
+        remedy = "a lower --lr" + ", or --precision fp32" * (state.config.precision != "fp32")
         raise UserError(
             f"{run_dir}: the loss is not finite in epoch {row['epoch']} ({kept}); "
-            f"try a lower --lr, or --precision fp32"
+            f"start a new run with {remedy}"
         )
 
 
 def report_epoch(row: dict, state: TrainingState, bar: tqdm, writer: SummaryWriter | None) -> None:
-    """Show an epoch's results on the terminal and log them to TensorBoard."""
+    """Log an epoch's results to TensorBoard; print them after every twentieth of the epochs."""
     text = (
         f"epoch {row['epoch']:3d}/{state.config.epochs}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "

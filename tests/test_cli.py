@@ -182,6 +182,7 @@ def test_several_seeds_and_their_ensemble(
     assert path.read_bytes() == before
     np.savez(other, **make_arrays(COUNTS, seed=1))
     status, out, _ = cli("--evaluate", tmp_path / "both", "--device", "cpu", "--data", other)
+    assert f"{tmp_path / 'both' / 'seed*' / 'evaluated-on-other-'}" in out
     (new,) = (tmp_path / "both").glob("evaluated-on-other-*/summary.json")
     assert status == 0 and out.count("Not the data") == 1
     assert len(list((tmp_path / "both").glob("seed*/evaluated-on-other-*/metrics.json"))) == 2
@@ -212,6 +213,8 @@ def test_several_seeds_are_resumed_where_they_stopped(
     status, _, err = cli(*argv, "--name", "stopped")
     assert status == 130
     assert err.strip().endswith(f"go on with: python PathMNIST.py --resume {tmp_path / 'stopped'}")
+    status, _, err = cli("--resume", tmp_path / "stopped", "--seed", "0")
+    assert status == 2 and "--seed: has no effect with --resume" in only_line(err)
     assert cli("--resume", tmp_path / "stopped")[0] == 0
     whole, again = (
         json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "stopped")
@@ -497,6 +500,9 @@ def test_a_resumed_run_logs_the_embeddings_that_it_was_started_with(
 ) -> None:
     argv = ["--data", tiny, *TRAINING, "--epochs", "1", "--log-dir", tmp_path, "--name", "run"]
     assert cli(*argv, "--embeddings")[0] == 0
+    assert cli(*argv[:-1], "plain")[0] == 0
+    status, _, err = cli("--resume", tmp_path / "plain", "--embeddings")
+    assert status == 2 and "--embeddings: " in only_line(err) and "without it; resume" in err
     projector = tmp_path / "run" / "projector_config.pbtxt"
     projector.unlink()
     assert cli("--resume", tmp_path / "run")[0] == 0
@@ -758,8 +764,7 @@ def test_gradcam_figure_counts_what_it_shows(
     probs = np.eye(9)[labels]
     probs[0] = np.roll(probs[0], 1)  # one mistake
     metrics = dict.fromkeys(("val", "test"), compute_metrics(probs, labels))
-    config = PathMNIST.Config(device="cpu")
-    PathMNIST.result_figures(model, config, data, {"test": probs}, metrics, "SYNTHETIC")
+    PathMNIST.result_figures(model, data, {"test": probs}, metrics, "SYNTHETIC")
     assert notes == ["test SYNTHETIC: first 5 right and first 1 wrong"]
 
 
@@ -808,7 +813,9 @@ def test_out_of_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch, error: Ex
     assert "; use a lower --batch-size" in err
     monkeypatch.setattr(PathMNIST, "evaluate_run", fail)  # where that flag is refused
     status, _, err = cli("--evaluate", "runs/best")
-    assert status == 2 and only_line(err).endswith("; use --device cpu")
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    remedy = "use --device cpu" if on_gpu else "close other programs"
+    assert status == 2 and only_line(err).endswith(f"; {remedy}")
 
 
 def test_a_lack_of_memory_without_a_text(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,8 +221,9 @@ def test_what_is_not_an_image_is_named_skipped_and_counted(
     status, _, err = cli(*argv)
     assert status == 2 and "Traceback" not in err
     *skipped, last = err.strip().splitlines()
-    for line, name in zip(skipped, ("b.txt", "c.png", "d.png", "e.png"), strict=True):
-        assert line.startswith(f"skipped {tiles / name}")
+    reasons = {"b.txt": "identify", "c.png": "exceeds limit", "d.png": "truncated", "e.png": ""}
+    for line, (name, reason) in zip(skipped, reasons.items(), strict=True):
+        assert line.startswith(f"skipped {tiles / name}: ") and reason in line
     assert last.startswith("error: 4 of 6 files")
     assert [Path(row["file"]).name for row in read_csv(tmp_path / "out")] == ["a.png", "z.tif"]
 
@@ -250,7 +251,7 @@ def test_explain_writes_a_picture_of_every_tile(
 
 
 def test_a_run_of_several_seeds_answers_as_their_ensemble(
-    cli: Callable, run_dir: Path, tmp_path: Path
+    cli: Callable, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles = [save(tmp_path / f"{i}.png", picture()) for i in range(2)]
     for seed in (0, 1, 2):  # the last is none of the run's own
@@ -265,7 +266,14 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
     status, _, err = cli(*argv)
     assert status == 2 and "not all of its seeds are trained" in only_line(err)
     (tmp_path / "runs" / "summary.json").touch()
-    answers = []
+    answers, maps = [], []
+    real = PathMNIST.Evaluation.grad_cam
+
+    def grad_cam(model: object, images: object, layer: object, classes: object) -> np.ndarray:
+        maps.append([real(model, images, layer, [label] * 2) for label in range(9)])
+        return real(model, images, layer, classes)
+
+    monkeypatch.setattr(PathMNIST.Evaluation, "grad_cam", grad_cam)
     for run in ("runs/seed0", "runs/seed1", "runs"):
         argv[-3] = tmp_path / run
         status, out, _ = cli(*argv, "--explain")
@@ -273,6 +281,7 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
         answers.append([probabilities(row) for row in read_csv(tmp_path / "out")])
     first, other, both = np.array(answers)
     assert np.abs(first - other).max() > 0.01
+    assert np.array_equal(maps[2], maps[0])  # the first model's, for whatever class
     assert both == pytest.approx((first + other) / 2, abs=1e-5)
 
     checkpoint["identity"]["md5"] = "of other data"
