@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLASSES = range(len(CLASS_NAMES))
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 RESAMPLES = 10_000
+PATH = 3.6  # where the layers stand in `architecture_figure`
 
 # ---- metrics ------------------------------------------------------------------------------------
 
@@ -336,7 +337,7 @@ def learning_curves(
     panels["lr"].set(title="learning rate", xlabel="epoch", ylim=(0, None))
     for axes in panels.values():
         axes.axvline(best_epoch, color="black", linestyle=":")
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     return figure
 
 
@@ -404,11 +405,11 @@ def examples_figure(
     chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:n]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     kind = "Correctly" if correct else "Incorrectly"
+    each = "class" if correct else "confusion (or of the commonest)"
     caption = (
         f"{kind} classified: {len(candidates):,} of {len(labels):,} images. "
-        f"Shown: {len(chosen)}, drawn at random (seed {seed}), one of each "
-        f"{'class' if correct else 'confusion (commonest first)'}, then others; percentage: "
-        f"probability of the predicted class.\n{CODES}"
+        f"Shown, by true class: {len(chosen)} drawn at random (seed {seed}), one of each {each}, "
+        f"then others. Percentage: probability of the predicted class.\n{CODES}"
     )
     titles = [_verdict(probs[index], labels[index]) for index in chosen]
     text = (f"{kind} classified images", note, caption)
@@ -528,8 +529,11 @@ def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: s
         caption += " Orange: skip connection."
     figure = _figure(1.2 + 0.85 * sum(heights), f"{name}: {total:,} parameters", "", caption)
     axes = figure.subplots()
-    axes.set(xlim=(0, 10.4), ylim=(-sum(heights), 0))
+    axes.set(xlim=(0, 10.4), ylim=(-sum(heights) - 0.3, 0.3))
     axes.axis("off")
+    ends = {"ha": "center", "fontsize": 10, "color": GREY}
+    axes.text(PATH, 0.05, "image", va="bottom", **ends)
+    axes.text(PATH, -sum(heights) - 0.05, "logits", va="top", **ends)
     for index, (stage, rows) in enumerate(stages.items()):
         _draw_stage(axes, -sum(heights[:index]), heights[index], stage, rows)
     return figure
@@ -537,7 +541,7 @@ def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: s
 
 def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[tuple]) -> None:
     """Draw one stage of `architecture_figure`, from `top` down: boxes, arrows and numbers."""
-    path, side = 3.6, 7.3  # where the layers stand, and the skip connection
+    path, side = PATH, 7.3  # where the layers stand, and the skip connection
     skips = [index for index, row in enumerate(rows) if ".skip" in row[0]]
     first, last = (skips[0], skips[-1] + 1) if skips else (len(rows), len(rows))
     parts = (rows[:first], rows[first:last], rows[last:])
@@ -563,7 +567,7 @@ def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[t
     arrow(GREY, (path, top), (path, middle + (0.25 if "\n" in layers else 0.15)))
     box(path, middle, layers, BLUE)
     axes.plot([path, path], [total if skips else middle, top - height], color=GREY, linewidth=1.5)
-    axes.text(0.9, middle, name, ha="right", va="center", weight="bold", fontsize=11)
+    axes.text(1.1, middle, name, ha="right", va="center", weight="bold", fontsize=11)
     shape, count = rows[-1][3], sum(row[4] for row in rows)
     axes.text(8.6, middle, f"{shape}\n{count:,}", va="center", fontsize=10)
 

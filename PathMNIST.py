@@ -67,6 +67,9 @@ from analyze_data import (
 )
 from MyModels import MODELS, Ensemble, count_parameters, layer_markdown, layer_table
 from Training import (
+    MAX_EPOCHS,
+    MIN_EPOCHS,
+    STEPS,
     Config,
     Stopped,
     augment,
@@ -130,39 +133,64 @@ def build_parser() -> Parser:
     """Return the command line. What is not given is absent, so that `Config` has the defaults."""
     default = Config()
     parser = Parser(
+        usage="%(prog)s [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("data and results").add_argument
     add(
         "--data",
+        metavar="PATH",
         help="npz file, or folder with pathmnist.npz (default: found or downloaded; for --resume "
         "and --evaluate the run's)",
     )
-    add("--model", choices=MODELS, help=f"default: {default.model}")
-    add("--epochs", type=number(int, 1, 100_000), help="default: from a budget of steps")
+    add(
+        "--log-dir",
+        type=as_path,
+        metavar="DIR",
+        help="folder of all runs (default: runs); with --predict, of its results (predictions)",
+    )
+    add("--name", type=run_name, help="the run's folder there (default: model, seed and time)")
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--model", choices=MODELS, help=f"the network to train (default: {default.model})")
+    add(
+        "--epochs",
+        type=number(int, 1, 100_000),
+        metavar="N",
+        help=f"default: as many as {STEPS:,} steps take, {MIN_EPOCHS} to {MAX_EPOCHS}",
+    )
     add(
         "--batch-size",
         type=number(int, 2, 65_536),
+        metavar="N",
         help=f"images per step and process (default: {default.batch_size})",
     )
-    add("--lr", type=number(float, 1e-12, 1e12), help=f"peak learning rate (default: {default.lr})")
+    add(
+        "--lr",
+        type=number(float, 1e-12, 1e12),
+        metavar="X",
+        help=f"peak learning rate (default: {default.lr})",
+    )
     add(
         "--weight-decay",
         type=number(float, 0, 1e6),
+        metavar="X",
         help=f"of weights, not of biases (default: {default.weight_decay})",
     )
     add(
         "--patience",
         type=number(int, 1, 100_000),
-        help="epochs without a val loss near the lowest before stopping (default: a third of the "
-        "epochs, 5 or more)",
+        metavar="N",
+        help="stop after so many epochs without a val loss near the lowest (default: a third of "
+        "the epochs, 5 or more)",
     )
-    seeds = parser.add_mutually_exclusive_group()
-    seed = number(int, 0, 2**31 - 1)
-    seeds.add_argument("--seed", type=seed, help=f"default: {default.seed}")
-    seeds.add_argument("--seeds", type=seed, nargs="+", help="one run per seed, and their ensemble")
+    seeds = training.add_mutually_exclusive_group()
+    seed = {"type": number(int, 0, 2**31 - 1), "metavar": "N"}
+    seeds.add_argument("--seed", **seed, help=f"of all that is random (default: {default.seed})")
+    seeds.add_argument("--seeds", **seed, nargs="+", help="one run per seed, and their ensemble")
     add(
         "--device",
         choices=DEVICES,
@@ -173,24 +201,22 @@ def build_parser() -> Parser:
         choices=PRECISIONS,
         help="default: auto (bf16 where it is faster, else fp32)",
     )
-    add(
-        "--log-dir",
-        type=as_path,
-        help="folder of all runs (default: runs), or of predictions (predictions)",
-    )
-    add("--name", type=run_name, help="the run's folder (default: model, seed and time)")
     add("--embeddings", action="store_true", help="add val tiles to TensorBoard's projector")
-    mode = parser.add_mutually_exclusive_group()
+
+    others = parser.add_argument_group("instead of a new run (RUN: a run's folder, runs/NAME)")
+    mode, add = others.add_mutually_exclusive_group(), others.add_argument
     mode.add_argument("--resume", type=as_path, metavar="RUN", help="continue an interrupted run")
     mode.add_argument("--evaluate", type=as_path, metavar="RUN", help="evaluate a finished run")
-    mode.add_argument("--predict", type=as_path, nargs="+", metavar="PATH", help="classify images")
+    mode.add_argument(
+        "--predict", type=as_path, nargs="+", metavar="PATH", help="classify images, or folders"
+    )
     add(
         "--checkpoint",
         type=as_path,
         metavar="RUN",
         help="for --predict (default: runs/best); of a run of several seeds, their ensemble",
     )
-    add("--explain", action="store_true", help="for --predict: save each tile and its Grad-CAM")
+    add("--explain", action="store_true", help="for --predict: save each tile beside its Grad-CAM")
     return parser
 
 
@@ -547,7 +573,7 @@ def result_figures(
     note: str,
 ) -> dict:
     """Return every figure of results by its file name."""
-    note, val_note = f"test {note}".strip(), f"val {note}".strip()
+    note, val_note = (f"{split} split{note and f', {note}'}" for split in ("test", "val"))
     images, labels, test = data.images["test"], data.labels["test"], probs["test"]
     figures = {
         "confusion_val": Evaluation.confusion_figure(metrics["val"]["confusion_matrix"], val_note),
@@ -755,6 +781,8 @@ def classify(
                 save_explanations(model, names, tiles, probs, len(rows) - len(names), out_dir)
             bar.update(len(names))
     write_predictions(rows, out_dir / "predictions.csv")
+    if explain:
+        print(f"Each tile beside its Grad-CAM: {out_dir / '0000-*.png'} and so on")
     if skipped:
         print(
             f"error: {len(skipped)} of {len(files)} files are not readable images, named above; "
@@ -974,10 +1002,10 @@ def summarise(results: dict, out_dir: Path, log_dir: Path) -> None:
     rows = {key: results[key] for key in RESULTS}
     data = results["dataset"]
     what = "SYNTHETIC data: no result" if data["kind"] == "synthetic" else f"{data['kind']} data"
-    print(f"\n{what}, {data['path']}\n{Evaluation.results_markdown(rows)}")
+    print(f"\n{out_dir} on {what}, {data['path']}\n{Evaluation.results_markdown(rows)}")
     print(f"(_tta: mean over the eight flips and quarter turns)\n\nEverything is in {out_dir}:")
     for path in sorted(out_dir.iterdir()):
-        if path.name[0] != "." and not path.name.startswith("events"):
+        if path.name[0] != ".":
             print(f"  {path.name}{'/' if path.is_dir() else ''}")
     print(f"Look at it with: tensorboard --logdir {shlex.quote(str(log_dir))}")
 

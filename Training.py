@@ -792,12 +792,13 @@ def fit(
             check_finite(row, state, run_dir)
             state.history.append(row)
             if rank == 0:
-                report_epoch(row, state, bar, writer)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, probs, labels)
                 if writer is not None:
+                    log_epoch(row, writer)
                     writer.flush()  # before the checkpoint: a resumed log then has no gap
                 state.save(run_dir)
+                print_epoch(row, state, bar)
     if size > 1:
         dist.barrier()
     best = load_checkpoint(run_dir / "best.pt")
@@ -827,8 +828,8 @@ def check_finite(row: dict, state: TrainingState, run_dir: Path) -> None:
         )
 
 
-def report_epoch(row: dict, state: TrainingState, bar: tqdm, writer: SummaryWriter | None) -> None:
-    """Log an epoch's results to TensorBoard; print them after every twentieth of the epochs."""
+def print_epoch(row: dict, state: TrainingState, bar: tqdm) -> None:
+    """Show an epoch's results beside the progress bar; after every twentieth of them, as a line."""
     text = (
         f"epoch {row['epoch']:3d}/{state.config.epochs}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
@@ -838,8 +839,10 @@ def report_epoch(row: dict, state: TrainingState, bar: tqdm, writer: SummaryWrit
     if row["epoch"] % math.ceil(epochs / 20) == 0 or row["epoch"] == epochs:
         bar.write(text + ("  best" if state.best_epoch == row["epoch"] else ""))
     bar.set_postfix_str(f"epoch {row['epoch']}, val acc {row['val_accuracy']:.3f}")
-    if writer is None:
-        return
+
+
+def log_epoch(row: dict, writer: SummaryWriter) -> None:
+    """Log an epoch's results to TensorBoard."""
     tags = {
         "Loss/train": row["train_loss"],
         "Loss/val": row["val_loss"],

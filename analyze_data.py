@@ -588,7 +588,9 @@ def end_of_pipe() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0; 2 bad input; 130 stopped; 141 pipe."""
     parser = Parser(description="Check and describe the PathMNIST data.")
-    parser.add_argument("--data", help=f"npz file, or folder holding {FILE_NAME} (default: search)")
+    parser.add_argument(
+        "--data", help=f"npz file, or folder with {FILE_NAME} (default: found or downloaded)"
+    )
     parser.add_argument(
         "--out", default="figures", help="folder for the figures (default: figures)"
     )

@@ -765,7 +765,7 @@ def test_gradcam_figure_counts_what_it_shows(
     probs[0] = np.roll(probs[0], 1)  # one mistake
     metrics = dict.fromkeys(("val", "test"), compute_metrics(probs, labels))
     PathMNIST.result_figures(model, data, {"test": probs}, metrics, "SYNTHETIC")
-    assert notes == ["test SYNTHETIC: first 5 right and first 1 wrong"]
+    assert notes == ["test split, SYNTHETIC: first 5 right and first 1 wrong"]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names")
