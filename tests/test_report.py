@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import statistics
 import sys
@@ -83,9 +84,7 @@ def test_headline_is_the_mean_of_the_runs(report: str) -> None:
     rows = benchmark_rows("accuracy")
     names = {  # as README.md's table calls them
         "default": "this project, 5 seeds",
-        "128,809-parameter CNN, own recipe": (
-            "small CNN of 128,809 parameters with its own recipe, 3 seeds"
-        ),
+        "128,809-parameter CNN, own recipe": "small CNN (Darkkavn, GitHub), own recipe, 3 seeds",
         "MedMNIST's official ResNet-18": "MedMNIST's official ResNet-18 recipe, 1 seed",
     }
     table = []
@@ -111,7 +110,6 @@ def test_headline_is_the_mean_of_the_runs(report: str) -> None:
         f"the default is {above[0]:.0f} points above MedMNIST's recipe, {times:.1f} times as fast, "
         f"and {above[1]:.0f} points above the small CNN."
     ) in text
-    assert f"with {three_figures(ours)}" in text
 
 
 def three_figures(row: dict) -> str:
@@ -138,11 +136,20 @@ def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None
     figures = three_figures(fifth["default"])
     both = f"{three_figures(third['default'])} in bf16 and {figures} in fp32."
     assert f"on two others five runs each reached {both}" in text
-    assert f"on another processor, in fp32, with {figures} (appendix C); on a third, " in text
-    assert f"the first was met, with {three_figures(third['default'])}." in text
-    assert third["default"]["test"]["mean"] >= 0.920
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"other processors five runs each of this project reached {both}" in readme
+    machines, table, short = [row["default"] for row in (first, third, fifth)], [], []
+    for name, key, goal in (
+        ("one view, mean", "test", 0.92),
+        ("eight views, mean", "test_tta", 0.93),
+        ("eight views, ensemble", "ensemble_test_tta", 0.94),
+    ):
+        reached = [row[key] if "ens" in key else row[key]["mean"] for row in machines]
+        cells = [f"**{x:.3f}**" if x >= goal else f"{x:.3f}" for x in reached]
+        table.append(f"| {name} | {goal:.3f} | {' | '.join(cells)} |")
+        spreads = [0 if "ens" in key else row[key]["std"] for row in machines]
+        short += [goal - x < sd for x, sd in zip(reached, spreads, strict=True) if sd]
+    assert rows_missing("\n".join(table), report) == [] and all(short)
+    tiles = [math.ceil(0.94 * 359) - round(row["ensemble_test_tta"] * 359) for row in machines]
+    assert (min(tiles), max(tiles)) == (2, 4) and "by the ensembles, by two to four tiles." in text
     small = [
         f"{machine['128,809-parameter CNN, own recipe']['test']['mean']:.3f}"
         for machine in (third, fifth, first)
@@ -174,7 +181,7 @@ def test_what_other_processors_reach_is_what_their_runs_say(report: str) -> None
     assert said.format(*means, *ensembles) in text
 
 
-def test_the_recipe_before_is_what_its_runs_say(report: str, record: str) -> None:
+def test_the_recipe_before_is_what_its_runs_say(record: str) -> None:
     import accuracy
 
     files = ("accuracy", "accuracy_amx", "accuracy_avx2")
@@ -206,7 +213,6 @@ def test_the_recipe_before_is_what_its_runs_say(report: str, record: str) -> Non
     ]
     said = "Over the fifteen runs in bf16, or rounded to it, the means are {} on test and {} over"
     assert said.format(*means) in text
-    assert f"with {three_figures(amx)}." in " ".join(report.split())
     assert f"| {differences([(benchmark_rows('accuracy')['default'], amx)])} |\n" in record
 
 
@@ -876,9 +882,9 @@ def test_how_often_a_training_was_repeated_is_what_was_counted() -> None:
     text = (ROOT / "tests" / "benchmarks" / "repeat_bf16.txt").read_text()
     rows = re.findall(r"^(.*): (\d+) repetitions, (\d+) different$", text, re.M)
     assert {different for _, _, different in rows} == {"0"}
-    counts = [sum(int(n) for where, n, _ in rows if end in where) for end in ("itself", "at once")]
-    said = "always ended alike, {} times by itself and {} times in four processes at once"
-    assert said.format(*counts) in " ".join((ROOT / "README.md").read_text().split())
+    count = sum(int(n) for _, n, _ in rows)
+    said = f"not again in {count} repetitions of one (`tests/benchmarks/repeat_bf16.txt`)"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_what_the_other_stem_gains_is_what_was_timed(record: str) -> None:
