@@ -633,6 +633,9 @@ def test_where_val_loss_is_lowest_is_what_the_committed_run_says(report: str) ->
     (a, x), (b, y) = [
         (float(row["val_loss"]), float(row["val_accuracy"])) for row in (lowest, last)
     ]
+    late = [float(row["val_accuracy"]) for row in rows[69:]]
+    said = f"which from epoch 70 on moves between {min(late):.3f} and {max(late):.3f} without"
+    assert said in " ".join(report.split())
     text = f"lowest at epoch {lowest['epoch']} ({a:.3f}, with an accuracy of {x:.3f}) and ends at "
     assert f"{text}{b:.3f} ({y:.3f})." in " ".join(report.split())
     assert b <= a + float(lowest["val_loss_se"])
