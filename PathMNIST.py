@@ -69,6 +69,7 @@ from MyModels import MODELS, Ensemble, count_parameters, layer_markdown, layer_t
 from Training import (
     MAX_EPOCHS,
     MIN_EPOCHS,
+    SEED_STEP,
     STEPS,
     Config,
     Stopped,
@@ -269,7 +270,8 @@ def make_loader(
         first, step = (rank, size) if shared_out else (0, 1)
         order: Iterable[int] = range(first, len(tensors[0]), step)
         return load(sampler=BatchSampler(order, batch_size, False))
-    order = DistributedSampler(tensors[0], size, rank, seed=shuffle_seed * 100_003)
+    # For one process too: its `set_epoch` makes the order a function of (seed, epoch).
+    order = DistributedSampler(tensors[0], size, rank, seed=shuffle_seed * SEED_STEP)
     # One image's statistics are no basis for BatchNorm: such a last batch waits for another epoch.
     drop_last = len(order) % batch_size == 1 and len(order) > 1
     return load(sampler=BatchSampler(order, batch_size, drop_last))
@@ -1083,6 +1085,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return end_of_pipe()
     except (MemoryError, RuntimeError) as error:  # a CPU's lack is a RuntimeError like any other
+        # "[enforce fail at ...] DefaultCPUAllocator: can't allocate memory: you tried to ..."
         text = str(error).partition("\n")[0].rpartition("Allocator: ")[2]
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in text:

@@ -52,6 +52,9 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  #
 # are what CIFAR-10's 50,000 images take with Muon (airbench94_muon.py of KellerJordan on GitHub).
 STEPS, MIN_EPOCHS, MAX_EPOCHS = 1600, 8, 200
 
+# More than the largest --epochs, so that no two epochs of any seeds are drawn alike.
+SEED_STEP = 100_003
+
 # Columns of history.csv; the checkpoint's history also has the recall per class.
 CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_loss_se"]
 CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
@@ -243,6 +246,7 @@ def random_view(images: Tensor, generator: torch.Generator, shift: int = 2) -> T
         index = torch.where(index >= size, 2 * (size - 1) - index, index)
         return torch.where(draw(0, 2).bool(), size - 1 - index, index)
 
+    # Where each pixel of the view lies in the image, whose rows are laid end to end.
     flat = indices()[:, :, None] * size + indices()[:, None, :]
     upright = torch.rand(n, 1, 1, generator=generator, device=images.device) >= 0.5
     flat = torch.where(upright, flat, flat.transpose(1, 2)).reshape(n, -1, 1).expand(-1, -1, 3)
@@ -507,7 +511,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     Both take the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019,
     arXiv 1812.01187).
     """
-    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # 3: of colours
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # not the first
     taken = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
@@ -543,7 +547,7 @@ def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generato
     That is what makes a resumed run equal, bit for bit, one that was never interrupted.
     """
     rank, size = world()
-    number = (config.seed * 100_003 + epoch) * size + rank
+    number = (config.seed * SEED_STEP + epoch) * size + rank
     loader.sampler.sampler.set_epoch(epoch)  # the order that the BatchSampler cuts into batches
     torch.manual_seed(number)
     return torch.Generator(config.device).manual_seed(number)

@@ -465,7 +465,8 @@ def report(data: PathData) -> str:
     duplicates = count_duplicates(data.images)
     lines += ["", f"{'duplicates (identical pixels)':<42}" + f"{'images':>10}"]
     for where, n in duplicates.items():
-        lines.append(f"{('within ' if where in SPLITS else 'in both of ') + where:<42}{n:>10,}")
+        text = f"within {where}" if where in SPLITS else f"in both {where.replace('-', ' and ')}"
+        lines.append(f"{text:<42}{n:>10,}")
     return "\n".join(lines)
 
 

@@ -327,15 +327,6 @@ def shoot_pr_curves(page: "Page", url: str, path: Path) -> None:
     crop(page, path, bottom(section.locator("tf-pr-curve-card").nth(3)))
 
 
-def shoot_hparams(page: "Page", url: str, path: Path) -> None:
-    """The table of runs, without the filters beside it."""
-    page.set_viewport_size({"width": 2400, "height": 900})
-    read_hparams(page, url)
-    rows = page.locator("vaadin-grid tbody tr:visible")
-    grid = page.locator("vaadin-grid").bounding_box()
-    crop(page, path, bottom(rows.last, 0), grid["y"], grid["x"])
-
-
 def main() -> int:
     """Take every screenshot; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -356,7 +347,6 @@ def main() -> int:
             shoot_images,
             shoot_text,
             shoot_pr_curves,
-            shoot_hparams,
         ):
             path = args.out / f"{shoot.__name__.replace('shoot', 'tb')}.png"
             page.goto("about:blank")  # no filter is left over from the picture before
