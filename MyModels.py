@@ -4,13 +4,19 @@ python MyModels.py                  # layer table of the default model
 python MyModels.py --model resnet18 --size 64
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from analyze_data import Parser
+from analyze_data import Parser, end_of_pipe
 
 NUM_CLASSES = 9
 
@@ -230,4 +236,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not 8 <= args.size <= 1024:
         parser.error("--size: 8 to 1024 px")
-    print(layer_markdown(MODELS[args.model](), args.size))
+    try:
+        print(layer_markdown(MODELS[args.model](), args.size), flush=True)
+    except BrokenPipeError:
+        sys.exit(end_of_pipe())

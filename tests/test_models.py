@@ -144,6 +144,14 @@ def test_a_size_that_is_none_is_refused_in_one_line(size: str) -> None:
     assert process.returncode == 2 and "--size" in only_line(process.stderr)
 
 
+def test_nobody_reads_the_table() -> None:
+    command = [sys.executable, "MyModels.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
 def test_a_constant_colour_channel_gives_finite_values() -> None:
     model = SkipCNN(mean=(0.5, 0.5, 0.5), std=(0.2, 0.0, 0.2)).eval()
     assert model(torch.full((1, 3, 28, 28), 0.5)).isfinite().all()
