@@ -831,8 +831,8 @@ def test_what_is_said_of_speed_is_what_was_measured(report: str, record: str) ->
         f"against {peaks[1][1]:.0f}), but the whole step is only "
         f"{matrix_units['images/s'] / matrix_units['plain']:.1f} times as fast as in plain fp32",
         f"the full file took {earlier['runs']['1']['seconds']:.0f} s on the first, and the step "
-        f"made {earlier['images/s']:,.0f} images/s and {earlier['of the matmul']:.1%} of the matmul "
-        "(`speed_before.json`)",
+        f"made {earlier['images/s']:,.0f} images/s and {earlier['of the matmul']:.1%} of the "
+        "matmul (`speed_before.json`)",
         f"On Zen 4 the step made {here['images/s']:,.0f} images/s, on another machine of the kind "
         f"{again['images/s']:,.0f}, and the ResNet-18 less than a tenth fewer "
         f"({again['step'][resnet]:.0f} against {here['step'][resnet]:.0f})",
