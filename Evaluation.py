@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CLASSES = range(len(CLASS_NAMES))
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 RESAMPLES = 10_000
-PATH = 3.6  # where the layers stand in `architecture_figure`
 
 # ---- metrics ------------------------------------------------------------------------------------
 
@@ -512,6 +511,9 @@ def gradcam_figure(
     return _tiles(min(3, len(images)), _pairs(images, overlay), titles, text)
 
 
+LAYERS_X, SKIP_X = 3.6, 7.3  # where `architecture_figure` has the layers and skip connections
+
+
 @house_style
 def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: str) -> "Figure":
     """Draw the model's named stages as boxes, with what each holds and its output shape.
@@ -532,8 +534,8 @@ def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: s
     axes.set(xlim=(0, 10.4), ylim=(-sum(heights) - 0.3, 0.3))
     axes.axis("off")
     ends = {"ha": "center", "fontsize": 10, "color": GREY}
-    axes.text(PATH, 0.05, "image", va="bottom", **ends)
-    axes.text(PATH, -sum(heights) - 0.05, "logits", va="top", **ends)
+    axes.text(LAYERS_X, 0.05, "image", va="bottom", **ends)
+    axes.text(LAYERS_X, -sum(heights) - 0.05, "logits", va="top", **ends)
     for index, (stage, rows) in enumerate(stages.items()):
         _draw_stage(axes, -sum(heights[:index]), heights[index], stage, rows)
     return figure
@@ -541,7 +543,7 @@ def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: s
 
 def _draw_stage(axes: "Axes", top: int, height: int, name: str, rows: Sequence[tuple]) -> None:
     """Draw one stage of `architecture_figure`, from `top` down: boxes, arrows and numbers."""
-    path, side = PATH, 7.3  # where the layers stand, and the skip connection
+    path, side = LAYERS_X, SKIP_X
     skips = [index for index, row in enumerate(rows) if ".skip" in row[0]]
     first, last = (skips[0], skips[-1] + 1) if skips else (len(rows), len(rows))
     parts = (rows[:first], rows[first:last], rows[last:])

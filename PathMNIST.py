@@ -875,9 +875,8 @@ def resume_run(args: dict) -> None:
     refuse(args, ("seeds", *["seed"] * several, "name", "log_dir"), "--resume")
     for key, value in args.items():
         if hasattr(config, key) and key != "device" and getattr(config, key) != value:
-            flag, had = f"--{key.replace('_', '-')} {value}", f"with {getattr(config, key)}"
-            if value is True:
-                flag, had = flag.removesuffix(" True"), "without it"
+            flag, had = f"--{key.replace('_', '-')}", f"with {getattr(config, key)}"
+            flag, had = (flag, "without it") if value is True else (f"{flag} {value}", had)
             raise UserError(
                 f"{flag}: {run_dir} was started {had}; resume without that flag, or start a new run"
             )

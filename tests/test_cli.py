@@ -509,6 +509,20 @@ def test_a_resumed_run_logs_the_embeddings_that_it_was_started_with(
     assert "val" in projector.read_text()
 
 
+def test_the_other_processes_wait_for_the_first_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    joined = {}
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        PathMNIST.dist, "init_process_group", lambda backend, **more: joined.update(more)
+    )
+    monkeypatch.setattr(PathMNIST.dist, "get_rank", lambda: 0)
+    PathMNIST.join_processes({"device": "cpu"})
+    assert joined["timeout"].total_seconds() >= 24 * 3600  # torch's own: 10 or 30 minutes
+
+
 def test_more_processes_than_val_images(
     cli: Callable, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -331,6 +331,12 @@ def test_figures_leave_the_settings_alone():
     assert dict(matplotlib.rcParams) == before
 
 
+def test_learning_curves_of_one_epoch_name_no_other():
+    for axes in Evaluation.learning_curves(make_history(1), 1).axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_learning_curves_content():
     history = make_history(5)
     loss, accuracy, rate = Evaluation.learning_curves(history, 4).axes
@@ -558,6 +564,9 @@ def test_grad_cam_leaves_the_model_alone(frozen, layer):
     assert images.grad is None and not images.requires_grad
 
 
+ENDS = ("image", "logits")
+
+
 def test_architecture_figure_shows_where_the_skip_connection_joins():
     figure = Evaluation.architecture_figure(layer_table(SkipCNN()), "SkipCNN")
     check_legible(figure)
@@ -568,6 +577,8 @@ def test_architecture_figure_shows_where_the_skip_connection_joins():
         "add, ReLU",
         at_the_stages[2],
     ]
+    (top,), (bottom,) = ([t for t in figure.axes[0].texts if t.get_text() == end] for end in ENDS)
+    assert top.get_position()[1] > 0 > bottom.get_position()[1]
     assert "Linear 128, ReLU, Dropout, Linear 9" in [t.get_text() for t in figure.axes[0].texts]
     other = Evaluation.architecture_figure(layer_table(ResNet18()), "ResNet18")
     check_legible(other)

@@ -241,8 +241,8 @@ def test_explain_writes_a_picture_of_every_tile(
 ) -> None:
     paths = [save(tmp_path / name, picture()) for name in ("a/x.png", "b/x.png", "b/x.tif")]
     argv = ["--checkpoint", run_dir, "--log-dir", tmp_path / "out", "--explain"]
-    status, _, err = cli("--predict", *paths, *argv)
-    assert (status, err) == (0, "")
+    status, out, err = cli("--predict", *paths, *argv)
+    assert (status, err) == (0, "") and str(tmp_path / "out" / "0000-*.png") in out
     pictures = list((tmp_path / "out").glob("*.png"))
     assert len(pictures) == 3  # of three tiles, though their names are alike
     for path in pictures:

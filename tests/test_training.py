@@ -413,14 +413,29 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
     assert load(tmp_path / "last.pt")["epoch"] == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_divergence_at_the_command_line(
-    cli: Callable, no_figures: None, tiny: Path, tmp_path: Path
+    cli: Callable, no_figures: None, tiny: Path, tmp_path: Path, precision: str
 ) -> None:
     argv = ["--data", tiny, *TRAINING, "--lr", "1e9", "--log-dir", tmp_path, "--name", "wild"]
-    status, _, err = cli(*argv)
+    status, _, err = cli(*argv, "--precision", precision)
     line = only_line(err)
     assert status == 2
     assert "not finite in epoch" in line and "lower --lr" in line
+    assert ("--precision fp32" in line) == (precision == "bf16")
+
+
+def test_an_epoch_is_printed_once_it_is_saved(
+    data: PathData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+
+    def note(row: dict, *_: object) -> None:
+        printed.append((row["epoch"], load(tmp_path / "last.pt")["epoch"]))
+
+    monkeypatch.setattr(Training, "print_epoch", note)
+    fit(data, tmp_path)
+    assert printed == [(1, 1), (2, 2), (3, 3)]
 
 
 # ---- options ------------------------------------------------------------------------------------
