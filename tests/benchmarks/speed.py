@@ -315,6 +315,7 @@ def main() -> None:
             "machine": {
                 "threads": torch.get_num_threads(),
                 "device": torch.cuda.get_device_name() if config.device == "cuda" else "CPU",
+                "instructions": torch.backends.cpu.get_cpu_capability(),
                 "precision": config.precision,
                 "torch": torch.__version__,
             },
