@@ -4,33 +4,24 @@ python MyModels.py                  # layer table of the default model
 python MyModels.py --model resnet18 --size 64
 """
 
-import signal
 import sys
-
-if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from analyze_data import Parser, end_of_pipe
+from Common import Parser, run_script
 
 NUM_CLASSES = 9
+HALF = (0.5, 0.5, 0.5)
 
 
 class Normalize(nn.Module):
     """Subtract the training pixels' channel mean and divide by their standard deviation.
 
-    Mean and std are buffers: they are saved with the weights, so a checkpoint can never be
-    used with another data set's normalisation.
-
-    Parameters
-    ----------
-    mean, std : sequence of 3 floats
-        Of the training images, in units of [0, 1].
+    Both are 3 floats in units of [0, 1], kept as buffers: they are saved with the weights, so that
+    a checkpoint can never be used with another data set's normalisation.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -41,8 +32,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images (N, 3, S, S) in units of the data's standard deviation."""
-        images = (images - self.mean) / self.std
-        return images.contiguous() if images.is_mps else images  # see `Training.to_device`
+        return (images - self.mean) / self.std
 
 
 class SkipStage(nn.Module):
@@ -76,26 +66,15 @@ class SkipCNN(nn.Module):
 
     A MaxPool before each stage halves the resolution; of an odd size, the last row and column are
     pooled alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the
-    values to normalise and activate.
-
-    Parameters
-    ----------
-    mean, std : sequence of 3 floats
-        Channel statistics of the training images, in units of [0, 1].
-    widths : sequence of 5 ints
-        Channels of the stem's two convolutions and of the three stages.
-    dropout : float
-        Probability of dropping a hidden unit of the head.
-
-    Notes
-    -----
-    Takes float images (N, 3, S, S) in [0, 1] with S of 8 or more, returns logits (N, 9).
+    values to normalise and activate. `widths` are the channels of the stem's two convolutions and
+    of the stages, `mean` and `std` the training images'. Takes float images (N, 3, S, S) in [0, 1]
+    with S of 8 or more, returns logits (N, 9).
     """
 
     def __init__(
         self,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
+        mean: Sequence[float] = HALF,
+        std: Sequence[float] = HALF,
         widths: Sequence[int] = (24, 48, 64, 96, 128),
         dropout: float = 0.2,
     ) -> None:
@@ -131,6 +110,10 @@ class SkipCNN(nn.Module):
         x = self.stage3(self.pool2(x))
         return self.head(self.pool3(x))
 
+    def gradcam_layer(self, size: int) -> nn.Module:
+        """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
+        return self.stage2 if size < 56 else self.stage3
+
 
 class ResNet18(nn.Module):
     """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling.
@@ -139,11 +122,7 @@ class ResNet18(nn.Module):
     that MedMNIST's official experiments use at 28 px. Same input and output as `SkipCNN`.
     """
 
-    def __init__(
-        self,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
-    ) -> None:
+    def __init__(self, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
         from torchvision.models import resnet18  # here, for it takes as long as torch to import
 
         super().__init__()
@@ -156,21 +135,9 @@ class ResNet18(nn.Module):
         """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
         return self.net(self.normalize(images))
 
-
-class Ensemble(nn.Module):
-    """Several models as one, whose probabilities are the mean of theirs.
-
-    Same input as its members. Returns the logarithm of the mean probability (N, 9), up to a
-    constant: its softmax is the mean.
-    """
-
-    def __init__(self, members: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
-        return torch.stack([m(images).log_softmax(1) for m in self.members]).logsumexp(0)
+    def gradcam_layer(self, size: int) -> nn.Module:
+        """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
+        return self.net.layer3 if size < 56 else self.net.layer4
 
 
 MODELS = {"skipcnn": SkipCNN, "resnet18": ResNet18}
@@ -181,20 +148,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, str, int]]:
-    """Describe every layer by running one image through the model.
+def layer_table(model: nn.Module, size: int) -> list[tuple[str, str, str, str, int]]:
+    """Describe every layer by running one image of that size through the model.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Any of `MODELS`.
-    size : int
-        Height and width of the image in pixels.
-
-    Returns
-    -------
-    list of (name, type, kernel, output shape, parameters)
-        One row per layer without children, in order of execution.
+    One row (name, type, kernel, output shape, parameters) per layer without children, in order of
+    execution.
     """
     rows = []
 
@@ -208,35 +166,31 @@ def layer_table(model: nn.Module, size: int = 28) -> list[tuple[str, str, str, s
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
     hooks = [leaf.register_forward_hook(partial(record, name)) for name, leaf in leaves]
     was_training = model.training
-    device = next(model.parameters()).device
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size, device=device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
     return rows
 
 
-def layer_markdown(model: nn.Module, size: int = 28) -> str:
+def layer_markdown(model: nn.Module, size: int) -> str:
     """Return `layer_table` as a Markdown table with the total in the last row."""
     lines = ["| layer | type | kernel | output | parameters |", "|---|---|---|---|---:|"]
-    lines += [
-        f"| {name} | {kind} | {kernel} | {shape} | {n:,} |"
-        for name, kind, kernel, shape, n in layer_table(model, size)
-    ]
+    lines += ["| {} | {} | {} | {} | {:,} |".format(*row) for row in layer_table(model, size)]
     return "\n".join([*lines, f"| **total** | | | | **{count_parameters(model):,}** |"])
 
 
-if __name__ == "__main__":
-    parser = Parser(description="Print a model's layer table as Markdown.")
+def main() -> None:
+    """Print a model's layer table."""
+    parser = Parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="skipcnn", help="default: %(default)s")
     parser.add_argument("--size", type=int, default=28, help="image size in px (default: 28)")
     args = parser.parse_args()
     if not 8 <= args.size <= 1024:
         parser.error("--size: 8 to 1024 px")
-    try:
-        print(layer_markdown(MODELS[args.model](), args.size), flush=True)
-    except BrokenPipeError:
-        sys.exit(end_of_pipe())
+    print(layer_markdown(MODELS[args.model](), args.size), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,17 +1,24 @@
 """Shared by the tests: tiny data with a colour and a texture per class, and one trained run."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts in this folder
+import Figures
+import PathMNIST
+import Predict
+from analyze_data import PathData, load_data
+from Common import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,31 +35,22 @@ def make_arrays(counts: dict[str, int], size: int = 28, seed: int = 0) -> dict[s
         colour = np.stack([60 + 15 * labels, 220 - 15 * labels, 60 + 40 * (labels % 4)], axis=1)
         position = np.arange(size) + rng.integers(0, size, (len(labels), 1))
         stripes = np.where(position // (1 + labels[:, None] % 3) % 2, 25, -25)
-        images = colour[:, None, None, :] + stripes[:, :, None, None]
-        images = images + rng.normal(0, 8, (len(labels), size, size, 3))
+        noise = rng.normal(0, 8, (len(labels), size, size, 3))
+        images = colour[:, None, None, :] + stripes[:, :, None, None] + noise
         arrays[f"{split}_images"] = images.clip(0, 255).astype(np.uint8)
         arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
     return arrays
 
 
 def blank_figures(set_attribute: Callable[[object, str, object], None]) -> None:
-    """Replace every figure by an empty one, where figures are not what a test is about.
-
-    `set_attribute` is monkeypatch's `setattr`, or the builtin in a process of its own.
-    """
-    from matplotlib.figure import Figure
-
-    import Evaluation
-
-    for name in dir(Evaluation):
+    """Replace every figure by an empty one; `set_attribute` is monkeypatch's or the builtin."""
+    for name in dir(Figures):
         if name == "learning_curves" or (name.endswith("_figure") and name[0] != "_"):
-            set_attribute(Evaluation, name, lambda *_args, **_kwargs: Figure(figsize=(1, 1)))
+            set_attribute(Figures, name, lambda *_args, **_kwargs: Figure(figsize=(1, 1)))
 
 
 def differences(a: object, b: object, name: str = "") -> list[str]:
     """Return where two checkpoints differ in any bit; times (`seconds`) may differ."""
-    import torch
-
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
     if isinstance(a, dict) and isinstance(b, dict):
@@ -68,13 +66,8 @@ def differences(a: object, b: object, name: str = "") -> list[str]:
 
 def different_checkpoints(run_a: Path, run_b: Path) -> list[str]:
     """Return where best.pt and last.pt of two runs differ."""
-    import torch
-
-    found = []
-    for name in ("best.pt", "last.pt"):
-        a, b = (torch.load(run / name, weights_only=True) for run in (run_a, run_b))
-        found += differences(a, b, name)
-    return found
+    names = ("best.pt", "last.pt")
+    return differences(*({n: torch.load(run / n) for n in names} for run in (run_a, run_b)))
 
 
 def only_line(text: str) -> str:
@@ -93,10 +86,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tiny: Path) -> object:
+def data(tiny: Path) -> PathData:
     """The same, read."""
-    from analyze_data import load_data
-
     return load_data(tiny)
 
 
@@ -104,11 +95,9 @@ def data(tiny: Path) -> object:
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run from start to figures in a process of its own. Not to be written to: see `run_dir`."""
     log_dir = tmp_path_factory.mktemp("trained") / "runs"
-    command = [sys.executable, "PathMNIST.py", "--data", str(tiny), *TRAINING]
-    command += ["--log-dir", str(log_dir), "--name", "main"]
-    process = subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "PathMNIST.py", "--data", tiny, *TRAINING, "--log-dir", log_dir]
+    command += ["--name", "main"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return SimpleNamespace(process=process, log_dir=log_dir, run_dir=log_dir / "main")
 
 
@@ -119,34 +108,29 @@ def run_dir(trained: SimpleNamespace, tmp_path: Path) -> Path:
     return shutil.copytree(trained.run_dir, tmp_path / "copy")
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Put back the handlers of signals and threads' errors that `PathMNIST.main` replaces."""
-    excepthook = threading.excepthook
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    threading.excepthook = excepthook
-    for each, handler in handlers.items():
-        signal.signal(each, handler)
-
-
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw empty figures."""
     blank_figures(monkeypatch.setattr)
 
 
+def in_process(main: Callable, capfd: pytest.CaptureFixture, *argv: object) -> tuple:
+    """Run a script's `main` in this process; return (exit status, stdout, stderr)."""
+    capfd.readouterr()
+    try:
+        status = run_script(main, [str(arg) for arg in argv])
+    except SystemExit as stop:  # from the argument parser
+        status = stop.code
+    return (status, *capfd.readouterr())
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process; return (exit status, stdout, stderr)."""
-    import PathMNIST
+    """Run PathMNIST.py."""
+    return partial(in_process, PathMNIST.main, capfd)
 
-    def run(*argv: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            status = PathMNIST.main([os.fspath(a) if isinstance(a, Path) else a for a in argv])
-        except SystemExit as stop:
-            status = stop.code
-        return (status, *capfd.readouterr())
 
-    return run
+@pytest.fixture
+def predict_cli(capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run Predict.py."""
+    return partial(in_process, Predict.main, capfd)

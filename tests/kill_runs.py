@@ -18,44 +18,42 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-from conftest import COUNTS, ROOT, blank_figures, different_checkpoints, make_arrays
+import torch
+from conftest import COUNTS, blank_figures, different_checkpoints, make_arrays
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import PathMNIST
+from Common import run_script
 
 EPOCHS = 6
 OPTIONS = ["--epochs", str(EPOCHS), "--batch-size", "16", "--device", "cpu", "--patience", "99"]
 FAULTS = ("at a random moment", "while a file is written", "again, after a resume")
 
 
-# ---- processes ----------------------------------------------------------------------------------
+def new_run(folder: Path, name: str) -> list[str | Path]:
+    """Return the options that start a run in `folder`, which `prepare` has filled."""
+    return ["--data", folder / "tiny.npz", *OPTIONS, "--log-dir", folder, "--name", name]
 
 
 def run_main(argv: list[str], log: Path) -> None:
     """Be `python PathMNIST.py argv`, with both outputs in `log`; empty figures, to save time."""
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    import torch
-
-    import PathMNIST
-
     torch.set_num_threads(1)  # several runs share the processor
     blank_figures(setattr)
-    sys.exit(PathMNIST.main(argv))
+    sys.exit(run_script(PathMNIST.main, argv))
 
 
 def start(argv: list[str | Path], log: Path, target: Callable = run_main) -> BaseProcess:
     """Start the command line in a process of its own, which need not import torch again."""
-    sys.path.insert(0, str(ROOT))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["PathMNIST"])
+    context.set_forkserver_preload(["kill_runs"])
     process = context.Process(target=target, args=([str(a) for a in argv], log))
     process.start()
     return process
@@ -68,13 +66,11 @@ def finish(argv: list[str | Path], log: Path) -> int:
     return process.exitcode
 
 
-def wait_until(
-    condition: Callable[[], bool], process: BaseProcess, wanted: bool = True, seconds: float = 300
-) -> bool:
-    """Wait until `condition()` is as wanted; return whether that was in the process's lifetime."""
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], process: BaseProcess) -> bool:
+    """Wait until `condition()`; return whether that was in the process's lifetime."""
+    end = time.monotonic() + 300
     while process.is_alive() and time.monotonic() < end:
-        if condition() == wanted:
+        if condition():
             return True
         time.sleep(0.0005)
     return False
@@ -85,24 +81,18 @@ def is_writing(run_dir: Path) -> bool:
     return run_dir.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run_dir))
 
 
-# ---- what a run left ----------------------------------------------------------------------------
-
-
-def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return each tag's (step, value) pairs as TensorBoard shows them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def curves(run_dir: Path) -> dict[str, list]:
+    """Return each tag's (step, value) pairs as TensorBoard shows them; of speeds the steps."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it remarks on every resume
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     log.Reload()
     log.Graph()  # raises ValueError where there is none
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    tags = log.Tags()["scalars"]
+    return {t: [(e.step, t[:5] == "Speed" or e.value) for e in log.Scalars(t)] for t in tags}
 
 
 def checkpoint_epoch(run_dir: Path) -> int:
     """Return the epoch of last.pt, -1 without one. Raises when any checkpoint is not whole."""
-    import torch
-
     epochs = {p.name: torch.load(p, weights_only=True)["epoch"] for p in run_dir.glob("*.pt")}
     return epochs.get("last.pt", -1)
 
@@ -112,89 +102,61 @@ def what_is_wrong(run_dir: Path, reference: Path) -> list[str]:
     differing = different_checkpoints(run_dir, reference)
     wrong = [f"{len(differing)} values of the checkpoints: {differing[:3]}"] if differing else []
     ours, theirs = curves(run_dir), curves(reference)
-    if ours.keys() != theirs.keys():
-        wrong.append(f"TensorBoard: tags {sorted(ours.keys() ^ theirs.keys())}")
-    for tag in ours.keys() & theirs.keys():
-        pairs = list(zip_longest(ours[tag], theirs[tag], fillvalue=(0, 0.0)))
-        if tag.startswith("Speed"):
-            pairs = [(a[:1], b[:1]) for a, b in pairs]  # the steps alone
-        first = next((f"{a}, not {b}" for a, b in pairs if a != b), "")
-        if first:
-            wrong.append(f"TensorBoard: {tag} {first}")
+    tags = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    wrong += [f"TensorBoard: {tag} {ours.get(tag)}, not {theirs.get(tag)}" for tag in tags]
     with open(run_dir / "history.csv", encoding="utf-8") as file:
         epochs = [row["epoch"] for row in csv.DictReader(file)]
     if epochs != [str(epoch) for epoch in range(1, EPOCHS + 1)]:
         wrong.append(f"history.csv: epochs {epochs}")
-    metrics = [json.loads((d / "metrics.json").read_text()) for d in (run_dir, reference)]
-    for key in ("best_epoch", "epochs", "val", "test", "val_tta", "test_tta"):
-        if metrics[0][key] != metrics[1][key]:
-            wrong.append(f"metrics.json: {key}")
-    return wrong
+    a, b = (json.loads((run / "metrics.json").read_text()) for run in (run_dir, reference))
+    keys = ("best_epoch", "epochs", "val", "test", "val_tta", "test_tta")
+    return wrong + [f"metrics.json: {key}" for key in keys if a[key] != b[key]]
 
 
-# ---- one run, killed and resumed ----------------------------------------------------------------
+def wait_for(fault: str, process: BaseProcess, run_dir: Path, rng: random.Random, run: float):
+    """Wait for the moment of a fault, where a whole run takes `run` seconds."""
+    if fault == FAULTS[1]:
+        for _ in range(rng.randrange(1, 3 * EPOCHS)):  # the how many-th file
+            wait_until(lambda: not is_writing(run_dir), process)
+            wait_until(lambda: is_writing(run_dir), process)
+        time.sleep(rng.choice([0, 0, rng.random() * 0.02]))
+    else:
+        process.join(rng.uniform(0.1, 0.9) * run)
 
 
-@dataclass
-class Setting:
-    """What all killed runs share."""
-
-    folder: Path
-    data: Path
-    reference: Path
-    seconds: float  # that the uninterrupted run took
-
-
-def kill_one(number: int, seed: int, setting: Setting) -> list[tuple[str, str, str]]:
-    """Kill one run once or twice and resume it; return (fault, what was lost, what is wrong)."""
-    rng = random.Random(f"{seed}-{number}")
-    run_dir, log = setting.folder / f"run{number}", setting.folder / f"log{number}"
-    new = ["--data", setting.data, *OPTIONS, "--log-dir", setting.folder, "--name", run_dir.name]
-    faults = [FAULTS[number % 2]] + [FAULTS[2]] * (rng.random() < 1 / 3)
-    lost, epoch, argv, killed = "", -1, new, []
-    for fault in faults:
+def kill_one(folder: Path, name: str, seconds: float) -> tuple[list[str], str, str]:
+    """Kill one run once or twice and resume it; return faults, what was lost, what is wrong."""
+    rng, run_dir, log = random.Random(name), folder / name, folder / f"{name}.log"
+    lost, epoch, argv, killed = "", -1, new_run(folder, name), []
+    for fault in [FAULTS[int(name[-1]) % 2]] + [FAULTS[2]] * (rng.random() < 1 / 3):
         process = start(argv, log)
-        if fault == FAULTS[1]:
-            for _ in range(rng.randrange(1, 3 * EPOCHS)):  # the how many-th file
-                wait_until(partial(is_writing, run_dir), process, False)
-                wait_until(partial(is_writing, run_dir), process)
-            time.sleep(rng.choice([0, 0, rng.random() * 0.02]))
-        else:
-            process.join(rng.uniform(0.1, 0.9) * setting.seconds)
+        wait_for(fault, process, run_dir, rng, seconds)
         killed += [fault] * process.is_alive()
         process.kill()
         process.join()
         try:
-            now = checkpoint_epoch(run_dir)
-            lost = lost or (f"epoch {epoch} of last.pt" if now < epoch else "")
-            epoch = now
+            before, epoch = epoch, checkpoint_epoch(run_dir)
         except Exception as error:  # whatever torch says of a file that is not whole
-            return [(fault, f"a checkpoint: {error!r}", "") for fault in killed]
+            return killed, f"a checkpoint: {error!r}", ""
+        lost = lost or (f"epoch {before} of last.pt" if epoch < before else "")
         if epoch < 0:  # nothing was there yet to go on from
-            new[-1] += "-again"
-            run_dir = run_dir.with_name(new[-1])
-        argv = new if epoch < 0 else ["--resume", run_dir]
-        # TensorBoard orders the log's files by the second in which they were begun.
-        time.sleep(1.1)
-    status = finish(argv, log)
-    text = log.read_text(errors="replace")
+            run_dir = run_dir.with_name(f"{run_dir.name}-again")
+        argv = new_run(folder, run_dir.name) if epoch < 0 else ["--resume", run_dir]
+        time.sleep(1.1)  # TensorBoard orders a log's files by the second in which they were begun
+    status, text = finish(argv, log), log.read_text(errors="replace")
     if status != 0 or "Traceback" in text:
-        return [(fault, f"exit status {status}: {text[-500:]}", "") for fault in killed]
-    wrong = "; ".join(what_is_wrong(run_dir, setting.reference))
-    return [(fault, lost, wrong) for fault in killed]
+        return killed, f"exit status {status}: {text[-500:]}", ""
+    return killed, lost, "; ".join(what_is_wrong(run_dir, folder / "reference"))
 
 
-def prepare(folder: Path) -> Setting:
-    """Make data, and the run that nobody kills."""
-    data = folder / "tiny.npz"
-    np.savez(data, **make_arrays(COUNTS))
-    argv = ["--data", data, *OPTIONS, "--log-dir", folder, "--name", "reference"]
+def prepare(folder: Path) -> float:
+    """Make data, and the run that nobody kills; return the seconds that it took."""
+    np.savez(folder / "tiny.npz", **make_arrays(COUNTS))
     finish(["--help"], folder / "help")  # imports torch, once for all processes
     begin = time.monotonic()
-    status = finish(argv, folder / "log")
-    if status != 0:
+    if finish(new_run(folder, "reference"), folder / "log"):
         raise RuntimeError(f"the run without a fault failed: {(folder / 'log').read_text()}")
-    return Setting(folder, data, folder / "reference", time.monotonic() - begin)
+    return time.monotonic() - begin
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,23 +166,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args(argv)
-    begin = time.monotonic()
-    tried, lost, wrong = Counter(), Counter(), Counter()
+    begin, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
-        setting = prepare(Path(name))
-        runs = [pool.submit(kill_one, n, args.seed, setting) for n in range(args.kills)]
-        for number, run in enumerate(runs):
-            for fault, what_lost, what_wrong in run.result():
-                tried[fault] += 1
-                lost[fault] += bool(what_lost)
-                wrong[fault] += bool(what_wrong)
-                if what_lost or what_wrong:
-                    print(f"run {number}, killed {fault}: lost {what_lost!r}, wrong {what_wrong!r}")
+        folder, seconds = Path(name), prepare(Path(name))
+        names = [f"seed{args.seed}-{number}" for number in range(args.kills)]
+        found = pool.map(lambda name: kill_one(folder, name, seconds), names)
+        for name, (killed, lost, wrong) in zip(names, found, strict=True):
+            rows += [(fault, bool(lost), bool(wrong)) for fault in killed]
+            if lost or wrong:
+                print(f"{name}, killed {' and '.join(killed)}: lost {lost!r}, wrong {wrong!r}")
     print("| SIGKILL | tried | lost | wrong |\n|---|---:|---:|---:|")
-    for fault in tried:
-        print(f"| {fault} | {tried[fault]} | {lost[fault]} | {wrong[fault]} |")
-    print(f"{tried.total()} kills of {args.kills} runs in {time.monotonic() - begin:.0f} s")
-    return 1 if lost.total() or wrong.total() or not tried.total() else 0
+    for fault in FAULTS:
+        of = [row[1:] for row in rows if row[0] == fault]
+        print(f"| {fault} | {len(of)} | {sum(x for x, _ in of)} | {sum(x for _, x in of)} |")
+    print(f"{len(rows)} kills of {args.kills} runs in {time.monotonic() - begin:.0f} s")
+    return 0 if rows and not any(lost or wrong for _, lost, wrong in rows) else 1
 
 
 if __name__ == "__main__":

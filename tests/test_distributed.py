@@ -2,126 +2,107 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAINING, differences
+from conftest import COUNTS, ROOT, TRAINING, differences, different_checkpoints, make_arrays
 
-# What each process runs: the command line, noting its weights after every epoch.
+# What each process runs: the command line, noting its weights after every epoch. The second one
+# kills itself in its second epoch, where KILL is set.
 WORKER = """
-import os, sys
+import os, signal, sys
 import torch
 from conftest import blank_figures
-import PathMNIST, Training
+import Common, PathMNIST, Training
 
-folder, rank = sys.argv[1], os.environ["RANK"]
-synchronise, seen = Training.synchronise_buffers, []
+folder, rank, seen, train = sys.argv[1], os.environ["RANK"], [], Training.train_one_epoch
 
-def note(model, averaged):
-    synchronise(model, averaged)
-    weights = {"model": model.state_dict(), "averaged": averaged.state_dict()}
-    seen.append({part: {k: v.clone() for k, v in w.items()} for part, w in weights.items()})
-    torch.save(seen, f"{folder}/rank{rank}.tmp")
-    os.replace(f"{folder}/rank{rank}.tmp", f"{folder}/rank{rank}.weights")
+def note(net, state, *others):
+    row = train(net, state, *others)
+    seen.append({name: p.detach().clone() for name, p in state.model.named_parameters()})
+    torch.save(seen, f"{folder}/rank{rank}.weights")
+    if "KILL" in os.environ and rank == "1" and len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return row
 
-Training.synchronise_buffers = note
+Training.train_one_epoch = note
 blank_figures(setattr)
 with open(f"{folder}/rank{rank}.pid", "w") as file:
     file.write(str(os.getpid()))
-sys.exit(PathMNIST.main(sys.argv[2:]))
+sys.exit(Common.run_script(PathMNIST.main, sys.argv[2:]))
 """
 
 
-def start(folder: Path, *argv: object) -> subprocess.Popen:
-    """Start `torchrun --nproc-per-node=2 PathMNIST.py argv`."""
+def torchrun(folder: Path, *argv: object, **environment: str) -> tuple[int, str]:
+    """Run `torchrun --nproc-per-node=2 PathMNIST.py argv`; return exit status and output."""
     (folder / "worker.py").write_text(WORKER)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), **environment}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(folder / "worker.py"), str(folder), *map(str, argv)]
-    with open(folder / "output", "w") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    command += [folder / "worker.py", folder, *map(str, argv)]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.run(command, env=os.environ | environment, timeout=300, **both)
+    return process.returncode, process.stdout
 
 
 @pytest.fixture(scope="module")
 def job(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job of two processes that ran to its end."""
     folder = tmp_path_factory.mktemp("job")
-    process = start(folder, "--data", tiny, *TRAINING, "--log-dir", folder, "--name", "run")
-    status = process.wait(300)
-    assert status == 0, (folder / "output").read_text()
+    status, out = torchrun(folder, "--data", tiny, *TRAINING, "--log-dir", folder, "--name", "run")
+    assert status == 0, out
+    # 72 images in two shares of 36, in batches of 16: three steps an epoch. One process speaks.
+    assert out.count("3 epochs of 3 batches of 16") == 1
     return folder
 
 
-def test_both_processes_end_with_the_same_weights(job: Path) -> None:
-    ranks = [torch.load(job / f"rank{rank}.weights", weights_only=True) for rank in (0, 1)]
+def test_both_processes_train_the_same_weights(job: Path) -> None:
+    ranks = [torch.load(job / f"rank{rank}.weights") for rank in (0, 1)]
     assert len(ranks[0]) == 3  # epochs
     assert differences(*ranks) == []
-    last = torch.load(job / "run" / "last.pt", weights_only=True)
-    assert differences(ranks[1][-1]["model"], dict(last["model"])) == []
-    assert differences(ranks[1][-1]["averaged"], dict(last["averaged"])) == []
-    assert differences(ranks[0][0]["model"], ranks[0][1]["model"]) != []  # it did train
-
-
-def test_each_process_trains_on_its_own_half(job: Path) -> None:
-    # 72 images in two shares of 36, in batches of 16: three steps an epoch.
-    assert "3 epochs of 3 batches of 16" in (job / "output").read_text()
-
-
-def test_one_process_writes(job: Path) -> None:
-    assert len(list(job.rglob("events*"))) == 1
-    assert {path.name for path in job.iterdir() if path.is_dir()} == {"run"}
+    assert differences(ranks[0][0], ranks[0][1]) != []
+    model = torch.load(job / "run" / "last.pt")["model"]
+    assert differences(ranks[1][-1], {name: model[name] for name in ranks[1][-1]}) == []
+    assert len(list(job.rglob("events*"))) == 1  # one process writes
 
 
 def test_metrics_equal_those_of_one_process(job: Path, cli: Callable, no_figures: None) -> None:
     path = job / "run" / "metrics.json"
     two = json.loads(path.read_text())
-    status, _, _ = cli("--evaluate", job / "run", "--device", "cpu")
-    assert status == 0
+    assert cli("--evaluate", job / "run", "--device", "cpu")[0] == 0
     one = json.loads(path.read_text())
-    for split in ("val", "test", "val_tta", "test_tta"):
-        assert one[split]["confusion_matrix"] == two[split]["confusion_matrix"]
-        for name in ("accuracy", "auc", "loss", "ece", "macro_f1"):
-            assert one[split][name] == pytest.approx(two[split][name], abs=1e-6), (split, name)
-    # Validation in training was shared between the two, and its sums joined.
-    history = torch.load(job / "run" / "last.pt", weights_only=True)["history"]
-    row = history[two["best_epoch"] - 1]
+    row = torch.load(job / "run" / "last.pt")["history"][two["best_epoch"] - 1]
     for name in ("accuracy", "auc", "loss"):
+        for split in ("val", "test", "val_tta", "test_tta"):
+            assert one[split][name] == pytest.approx(two[split][name], abs=1e-6)
         assert row[f"val_{name}"] == pytest.approx(one["val"][name], abs=1e-6)
 
 
-def test_a_killed_process_ends_the_job(tiny: Path, tmp_path: Path) -> None:
-    argv = ["--data", tiny, *TRAINING, "--epochs", "9999", "--log-dir", tmp_path, "--name", "run"]
-    last = tmp_path / "run" / "last.pt"  # the last file that an epoch writes
-
-    def epochs_saved() -> int:
-        return torch.load(last, weights_only=True)["epoch"] if last.exists() else 0
-
-    process = start(tmp_path, *argv)
-    try:
-        while process.poll() is None and not epochs_saved():
-            time.sleep(0.05)
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGKILL)
-        assert process.wait(120) != 0
-    finally:
-        process.kill()
+def test_a_killed_process_ends_the_job_which_is_resumed(
+    job: Path, tiny: Path, tmp_path: Path
+) -> None:
+    argv = ["--data", tiny, *TRAINING, "--log-dir", tmp_path, "--name", "run"]
+    status, out = torchrun(tmp_path, *argv, KILL="1")
+    assert status != 0
     with pytest.raises(ProcessLookupError):  # the other one does not live on alone
         os.kill(int((tmp_path / "rank0.pid").read_text()), 0)
-    for name in ("best.pt", "last.pt"):
-        assert torch.load(tmp_path / "run" / name, weights_only=True)["epoch"] >= 1
+    assert 1 <= torch.load(tmp_path / "run" / "last.pt")["epoch"] < 3, out
+    status, out = torchrun(tmp_path, "--resume", tmp_path / "run")
+    assert status == 0 and "resumed after epoch" in out
+    assert different_checkpoints(tmp_path / "run", job / "run") == []
 
 
-def test_a_taken_name_ends_both_processes_with_one_line(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["exists already", "val_labels run from 5 to 13"])
+def test_an_error_is_one_line_of_one_process(tmp_path: Path, said: str) -> None:
+    path, arrays = tmp_path / "some.npz", make_arrays(COUNTS)
+    arrays["val_labels"] += 5 * ("labels" in said)
+    np.savez(path, **arrays)
     (tmp_path / "run").mkdir()
-    process = start(tmp_path, "--data", tiny, *TRAINING, "--log-dir", tmp_path, "--name", "run")
-    assert process.wait(120) != 0
-    output = (tmp_path / "output").read_text()
-    assert output.count("exists already") == 1
-    assert "broadcast_object_list" not in output  # no traceback of the second process
+    status, out = torchrun(tmp_path, "--data", path, "--log-dir", tmp_path, "--name", "run")
+    (line,) = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert status != 0 and said in line and out.count(said) == 1
+    assert "PathMNIST.py" not in out  # no traceback of the second process

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import Evaluation
-from analyze_data import CLASS_NAMES, SHORT_NAMES
+from Common import CLASS_NAMES, SHORT_NAMES
 from MyModels import SkipCNN, count_parameters, layer_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_per_class_table_is_that_of_the_committed_run(report: str, metrics: dict
 
 def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: dict) -> None:
     model = SkipCNN()
-    assert rows_missing(layer_markdown(model), report) == []
+    assert rows_missing(layer_markdown(model, 28), report) == []
     assert metrics["model"]["parameters"] == count_parameters(model)
 
 
