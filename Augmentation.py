@@ -19,11 +19,9 @@ TO_HED = torch.linalg.inv(HED)
 def augment(
     images: Tensor, targets: Tensor, generator: Generator, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Draw a random view of every image, and mix it with another by CutMix.
-
-    `images` uint8 (N, S, S, 3), `targets` float (N, classes). The generator, on the images' device,
-    is the only source of randomness. `config` says how strong each augmentation is; 0 is off.
-    """
+    """Draw a random view of every image, and mix it with another by CutMix. `images` uint8 (N, S,
+    S, 3), `targets` float (N, classes). The generator, on the images' device, is the only source of
+    randomness. `config` says how strong each augmentation is; 0 is off."""
     if config.flips:
         images = random_view(images, generator)
     images = to_float(images)
@@ -47,11 +45,9 @@ def uniform(generator: Generator, low: float, high: float, *shape: int) -> Tenso
 
 
 def random_view(images: Tensor, generator: Generator, shift: int = 2) -> Tensor:
-    """Flip, turn by quarters and shift every image by up to `shift` px, all in one gather.
-
-    Tissue has no "up", so the eight flips and turns are equally likely. Shifts are whole pixels,
-    reflected at the border: nothing is interpolated. Images are uint8 (N, S, S, 3) and stay so.
-    """
+    """Flip, turn by quarters and shift every image by up to `shift` px, all in one gather. Tissue
+    has no "up", so the eight flips and turns are equally likely. Shifts are whole pixels, reflected
+    at the border: nothing is interpolated. Images are uint8 (N, S, S, 3) and stay so."""
     n, size = images.shape[:2]
 
     def indices() -> Tensor:
@@ -70,14 +66,12 @@ def random_view(images: Tensor, generator: Generator, shift: int = 2) -> Tensor:
 
 
 def stain_jitter(images: Tensor, generator: Generator, width: float) -> Tensor:
-    """Vary how strongly each stain took, and its colour, as another laboratory would.
-
-    Light is absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical
-    density: the density is split into haematoxylin, eosin and a rest, each is multiplied by
-    1 +- width and shifted by +- width / 4, and the colour is put together again (Tellez et al.
-    2019, arXiv 1902.06543), with stains whose own densities in red, green and blue differ by up to
-    0.4 * width. Images are float (N, 3, S, S) in [0, 1], and may leave that range.
-    """
+    """Vary how strongly each stain took, and its colour, as another laboratory would. Light is
+    absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical density: the
+    density is split into haematoxylin, eosin and a rest, each is multiplied by 1 +- width and
+    shifted by +- width / 4, and the colour is put together again (Tellez et al. 2019, arXiv
+    1902.06543), with stains whose own densities in red, green and blue differ by up to 0.4 * width.
+    Images are float (N, 3, S, S) in [0, 1], and may leave that range."""
     n, _, size, _ = images.shape
     stains, to_stains = (m.to(images.device, non_blocking=True) for m in (HED, TO_HED))
     stains = stains + uniform(generator, -0.4 * width, 0.4 * width, n, 3, 3)
@@ -89,11 +83,9 @@ def stain_jitter(images: Tensor, generator: Generator, width: float) -> Tensor:
 
 
 def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tensor:
-    """Multiply every channel by 1 +- width and add +- width, on nine images of ten.
-
-    Uniform per image and channel: what another camera and lamp do. The share is that of arXiv
-    2409.11546, which found both to carry across the two centres of NCT-CRC-HE.
-    """
+    """Multiply every channel by 1 +- width and add +- width, on nine images of ten. Uniform per
+    image and channel: what another camera and lamp do. The share is that of arXiv 2409.11546, which
+    found both to carry across the two centres of NCT-CRC-HE."""
     n = len(images)
     on = uniform(generator, 0, 1, n, 1, 1, 1) < 0.9
     gain = 1 + on * uniform(generator, -width, width, n, 3, 1, 1)
@@ -103,13 +95,11 @@ def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tenso
 def cutmix(
     images: Tensor, targets: Tensor, generator: Generator, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of another image into every image, in a share of the batches.
-
-    The target becomes the mixture of both, by area. As in Yun et al. 2019 (arXiv 1905.04899),
-    chance decides for a batch, and one rectangle serves all of its images; its sides are uniform
-    between a seventh and two thirds of the image's. The partners are the batch reversed. Images are
-    float (N, 3, S, S), targets (N, classes).
-    """
+    """Paste a rectangle of another image into every image, in a share of the batches. The target
+    becomes the mixture of both, by area. As in Yun et al. 2019 (arXiv 1905.04899), chance decides
+    for a batch, and one rectangle serves all of its images; its sides are uniform between a seventh
+    and two thirds of the image's. The partners are the batch reversed. Images are float (N, 3, S,
+    S), targets (N, classes)."""
     size = images.shape[-1]
     pixels = torch.arange(size, device=images.device)
 

@@ -87,16 +87,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def run_script(main: Callable[..., int | None], *args: object) -> int:
-    """Run a script's `main` and return the exit status, an error being one line on stderr.
-
-    0, or what `main` returns; 2 for bad input, a full disk or too little memory; 130 after Ctrl-C
-    and 143 after SIGTERM, of which a second one ends the process at once; 141 where nobody reads
-    stdout any more, as in `| head`.
-    """
+    """Run a script's `main` and return the exit status, an error being one line on stderr. 0, or
+    what `main` returns; 2 for bad input, a full disk or too little memory; 130 after Ctrl-C and 143
+    after SIGTERM, of which a second one ends the process at once; 141 where nobody reads stdout any
+    more, as in `| head`."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # print each line at once, into a file too
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if "IPython" not in sys.modules:  # figures are saved; matplotlib refuses an unknown backend
+        os.environ.pop("MPLBACKEND", None)
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    threading.excepthook = no_traceback_of_full_disks
+    hook, threading.excepthook = threading.excepthook, no_traceback_of_full_disks
     try:
         return main(*args) or 0
     except UserError as error:
@@ -121,7 +121,7 @@ def run_script(main: Callable[..., int | None], *args: object) -> int:
         what = str(error).partition("\n")[0] or "out of memory"
         return complain(f"{what}; close other programs, or lower --batch-size, or --device cpu")
     finally:
-        threading.excepthook = threading.__excepthook__
+        threading.excepthook = hook
         for each, handler in before.items():
             signal.signal(each, handler)
 

@@ -34,21 +34,18 @@ if TYPE_CHECKING:  # matplotlib is imported where figures are made
 RESULTS = ("val", "val_tta", "test", "test_tta")  # _tta: mean over eight flips and turns
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 RESAMPLES = 10_000
+TINY = 1e-37  # about the least float32: keeps a probability that underflowed to 0 from giving inf
 
 
 def validation_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Return the few metrics that are followed from epoch to epoch.
-
-    "loss" (mean negative log likelihood, nats) and "loss_se" (its standard error over the images),
-    "accuracy", "auc" (`macro_auc`) and "recall" (9 floats, nan where a class has no images).
-    Probabilities that are not finite give a loss and an AUC of nan, so that the training loop can
-    say what happened.
-    """
+    """Return the few metrics that are followed from epoch to epoch. "loss" (mean negative log
+    likelihood, nats) and "loss_se" (its standard error over the images), "accuracy", "auc"
+    (`macro_auc`) and "recall" (9 floats, nan where a class has no images). Probabilities that are
+    not finite give a loss and an AUC of nan, so that the training loop can say what happened."""
     from sklearn.metrics import recall_score
 
     predicted = probs.argmax(axis=1)
-    # The smallest normal float32 keeps a probability that underflowed to 0 from giving inf.
-    true_probs = np.maximum(probs[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
+    true_probs = np.maximum(probs[np.arange(len(labels)), labels], TINY)
     losses = -np.log(true_probs.astype(np.float64))
     recall = recall_score(labels, predicted, labels=CLASSES, average=None, zero_division=np.nan)
     return {
@@ -61,19 +58,18 @@ def validation_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def compute_metrics(probs: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Return every metric of one split, in plain Python types that JSON can hold.
-
-    "accuracy"; "auc" (`macro_auc`, None where undefined); "macro_f1" and "balanced_accuracy" (means
-    of F1 and recall over the classes that have images); "loss" (mean negative log likelihood,
-    nats); "ece" (`expected_calibration_error`); "accuracy_ci95" [low, high] (percentile bootstrap
-    over images, 10,000 resamples drawn with `seed`); "per_class" {name: precision, recall, f1,
-    support} (0 where undefined); "confusion_matrix" (see `confusion`).
-    """
+    """Return every metric of one split, in plain Python types that JSON can hold. "accuracy"; "auc"
+    (`macro_auc`, None where undefined); "macro_f1" and "balanced_accuracy" (means of F1 and recall
+    over the classes that have images); "loss" (mean negative log likelihood, nats); "ece"
+    (`expected_calibration_error`); "accuracy_ci95" [low, high] (percentile bootstrap over images,
+    10,000 resamples drawn with `seed`); "per_class" {name: precision, recall, f1, support} (0 where
+    undefined); "confusion_matrix" (see `confusion`)."""
     from sklearn.metrics import precision_recall_fscore_support
 
     predicted = probs.argmax(axis=1)
     basics = validation_metrics(probs, labels)
     scores = precision_recall_fscore_support(labels, predicted, labels=CLASSES, zero_division=0)
+    scores = (*scores[:3], scores[3].astype(int))  # floats where nothing is right
     present = scores[3] > 0
     keys = ("precision", "recall", "f1", "support")
     rows = [dict(zip(keys, (s[c].item() for s in scores), strict=True)) for c in CLASSES]
@@ -100,11 +96,9 @@ def confusion(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def macro_auc(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean one-vs-rest ROC AUC, as MedMNIST's `getAUC` computes it.
-
-    A class that has no images, or all of them, has no AUC and is left out of the mean; nan when
-    none is left or when `probs` (N, 9) is not finite.
-    """
+    """Return the mean one-vs-rest ROC AUC, as MedMNIST's `getAUC` computes it. A class that has no
+    images, or all of them, has no AUC and is left out of the mean; nan when none is left or when
+    `probs` (N, 9) is not finite."""
     from sklearn.metrics import roc_auc_score
 
     present = np.unique(labels)
@@ -114,12 +108,30 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(roc_auc_score(labels[:, None] == present, probs[:, present], average="macro"))
 
 
-def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the ECE in 0..1: |accuracy - mean confidence| of each bin, averaged over images.
+def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Return the T with which softmax(log(probs) / T) has the lowest loss (Guo et al. 2017). A
+    normal prior on log T, of mean 0 and standard deviation 1/2, keeps it near 1 where images are
+    few; it weighs as much as their likelihood at about four of them."""
+    from scipy.optimize import minimize_scalar
 
-    15 bins of equal width, closed on the right (Guo et al. 2017, arXiv 1706.04599, eq. 3).
-    `probs` (N, 9), `labels` (N,).
-    """
+    def loss(log_t: float) -> float:
+        fitted = with_temperature(probs, np.exp(log_t))
+        return 2 * log_t**2 - np.log(fitted[np.arange(len(labels)), labels]).sum()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2, 2), method="bounded").x))
+
+
+def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
+    """Return softmax(log(probs) / temperature), float64 (N, 9)."""
+    from scipy.special import softmax
+
+    return softmax(np.log(np.maximum(probs, TINY).astype(np.float64)) / temperature, axis=1)
+
+
+def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Return the ECE in 0..1: |accuracy - mean confidence| of each bin, averaged over images. 15
+    bins of equal width, closed on the right (Guo et al. 2017, arXiv 1706.04599, eq. 3). `probs` (N,
+    9), `labels` (N,)."""
     counts, accuracy, confidence = reliability_bins(probs, labels)
     return float(np.sum(counts * np.abs(accuracy - confidence)) / len(labels))
 
@@ -137,9 +149,7 @@ def reliability_bins(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
 
 def results_markdown(metrics_by_split: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table with one row per split, aligned so that a terminal shows it well.
-
-    `metrics_by_split` maps a split's name to what `compute_metrics` returned.
-    """
+    `metrics_by_split` maps a split's name to what `compute_metrics` returned."""
     row = "| {:8} | {:>6} | {:24} | {:>6} | {:8} | {:9} | {:6} | {:6} |".format
     header = ["split", "images", "accuracy (95 % interval)", "AUC", "macro F1", "bal. acc.", "ECE"]
     lines = [row(*header, "loss"), row(*["---"] * (len(header) + 1))]
@@ -153,16 +163,15 @@ def results_markdown(metrics_by_split: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_results(out_dir: Path, results: dict[str, Any], probs: np.ndarray) -> None:
-    """Write metrics.json (`results`), and test's `probs` as `medmnist.Evaluator` writes them.
-
-    That (3.0.2, evaluator.py) is one line per image, `index,p0,...,p8`, no header; AUC and accuracy
-    stand in the file's name, and the size of the images unless it is 28 px. Replaces older ones.
-    """
+    """Write metrics.json (`results`), and test's `probs` as `medmnist.Evaluator` writes them. That
+    (3.0.2, evaluator.py) is one line per image, `index,p0,...,p8`, no header; AUC and accuracy
+    stand in the file's name, and the size of the images unless it is 28 px. Replaces older ones."""
     write_json(out_dir / "metrics.json", results)
     test, size = results["test"], results["dataset"]["size"]
     auc = float("nan") if test["auc"] is None else test["auc"]
+    run = out_dir.resolve().name.replace(".", "_")  # medmnist's parser cuts it at a dot
     flag = "pathmnist" if size == 28 else f"pathmnist_{size}"
-    name = f"{flag}_test_[AUC]{auc:.3f}_[ACC]{test['accuracy']:.3f}@{out_dir.resolve().name}.csv"
+    name = f"{flag}_test_[AUC]{auc:.3f}_[ACC]{test['accuracy']:.3f}@{run}.csv"
     # str() of a numpy number is the shortest text that reads back as the same number.
     lines = [",".join(map(str, (index, *row))) for index, row in enumerate(probs)]
     write_atomically(out_dir / name, ("\n".join(lines) + "\n").encode())
@@ -208,9 +217,7 @@ def summarise_seeds(
     runs: Sequence[tuple[dict, dict[str, np.ndarray]]], data: PathData, out_dir: Path
 ) -> None:
     """Write summary.json, mean and spread over the seeds and their ensemble; print the table.
-
-    `runs` has each seed's results and probabilities.
-    """
+    `runs` has each seed's results and probabilities."""
     results, probs = zip(*runs, strict=True)
     summary: dict = {"dataset": data.card, "seeds": [run["seed"] for run in results]}
     print(f"\n{len(runs)} seeds, mean accuracy (standard deviation), and their ensemble:")
@@ -231,16 +238,7 @@ def summarise_seeds(
 
 
 def log_start(writer: SummaryWriter, model: nn.Module, data: PathData, config: Config) -> None:
-    """Log what is known before training: texts, chart layout, augmented tiles."""
-    writer.add_custom_scalars(
-        {
-            "Train and val": {
-                "Loss": ["Multiline", ["Loss/train", "Loss/val"]],
-                "Accuracy": ["Multiline", ["Accuracy/train", "Accuracy/val"]],
-            },
-            "Classes": {"Recall val": ["Multiline", [f"Recall val/{s}" for s in SHORT_NAMES]]},
-        }
-    )
+    """Log what is known before training: texts, augmented tiles."""
     counts = ", ".join(f"{n:,} {split}" for split, n in data.counts.items())
     card = data.card | {"counts": counts}
     for name, values in (("config", asdict(config)), ("dataset", card)):
@@ -254,7 +252,7 @@ def log_start(writer: SummaryWriter, model: nn.Module, data: PathData, config: C
     figure = Figures.augmentation_figure(
         tiles.numpy(), views.permute(0, 2, 3, 1).numpy(), Figures.data_note(data.kind)
     )
-    writer.add_figure("Training/augmentation", figure, 0)
+    Figures.add_to_log(writer, "Training/augmentation", figure, 0)
     writer.flush()  # before the first checkpoint: a resumed run does not log this again
 
 
@@ -267,10 +265,8 @@ def log_results(
     probs: dict[str, np.ndarray],
 ) -> None:
     """Log the saved figures, precision-recall curves, the results' table and the row in HParams.
-
     One step behind the last epoch: what a run logs twice because it was stopped here and resumed,
-    TensorBoard then shows once.
-    """
+    TensorBoard then shows once."""
     step = results["epochs"] + 1
     for path in sorted((run_dir / "figures").glob("*.png")):
         picture = np.asarray(Image.open(path))
@@ -292,14 +288,12 @@ def log_results(
 
 
 def grad_cam(model: nn.Module, images: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
-    """Return where in each image the evidence for a class lies (Selvaraju et al. 2017).
-
-    arXiv 1610.02391, equations 1 and 2: the channels of the model's `gradcam_layer` are averaged
-    with the weights d(logit) / d(activation), averaged over the positions, and only what speaks for
-    the class is kept. Takes uint8 images (N, S, S, 3) and the classes (N,) to explain, by default
-    the predicted ones. Returns float32 (N, S, S), 1 at each image's strongest point, all 0 where
-    nothing speaks for the class. Runs in float32 and leaves the model in eval mode.
-    """
+    """Return where in each image the evidence for a class lies (Selvaraju et al. 2017). arXiv
+    1610.02391, equations 1 and 2: the channels of the model's `gradcam_layer` are averaged with the
+    weights d(logit) / d(activation), averaged over the positions, and only what speaks for the
+    class is kept. Takes uint8 images (N, S, S, 3) and the classes (N,) to explain, by default the
+    predicted ones. Returns float32 (N, S, S), 1 at each image's strongest point, all 0 where
+    nothing speaks for the class. Runs in float32 and leaves the model in eval mode."""
     # An input that needs a gradient makes every activation differentiable, frozen weights or not.
     device = next(model.parameters()).device
     inputs = to_float(torch.from_numpy(images).to(device)).requires_grad_()

@@ -7,6 +7,7 @@ Everywhere, `probs` is float (N, 9) with rows that sum to 1, `labels` is int (N,
 """
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from Common import CLASS_NAMES, CLASSES, SHORT_NAMES
 if TYPE_CHECKING:  # matplotlib is imported where figures are made: a start need not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
-BLUE, ORANGE, VERMILION, GREY = "#0072B2", "#E69F00", "#D55E00", "#595959"
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
 WIDTH = 7.0  # inches; with text of 12 points, legible where a phone shows it 2.5 inches wide
 STYLE = ["default", str(Path(__file__).with_name("house.mplstyle"))]
 # No-break spaces hold a code and its name on one line.
@@ -46,12 +48,12 @@ def house_style(draw: "Callable[..., Figure]") -> "Callable[..., Figure]":
     return styled
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", file: "Path | io.BytesIO", dpi: int = 150) -> None:
     """Write a figure as PNG: background, size and late ticks obey the settings of that moment."""
     from matplotlib import style
 
     with style.context(STYLE):
-        figure.savefig(path)
+        figure.savefig(file, dpi=dpi)
 
 
 def _figure(height: float, title: str, note: str, caption: str) -> "Figure":
@@ -75,10 +77,8 @@ def _legend_above(axes: "Axes", side: str, columns: int) -> None:
 def _tiles(
     columns: int, tiles: np.ndarray, titles: Sequence[tuple[str, str]], text: tuple[str, str, str]
 ) -> "Figure":
-    """Draw images (N, h, w, 3) in a grid with sharp pixels.
-
-    `titles` has a title and a colour for each or is empty, `text` is title, note and caption.
-    """
+    """Draw images (N, h, w, 3) in a grid with sharp pixels. `titles` has a title and a colour for
+    each or is empty, `text` is title, note and caption."""
     rows = max(1, -(-len(tiles) // columns))
     row_height = WIDTH / columns * tiles.shape[1] / tiles.shape[2] + (0.45 if titles else 0)
     figure = _figure((1.9 if titles else 1.4) + row_height * rows, *text)
@@ -108,18 +108,32 @@ def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate([left / 255, gap, right], axis=2).clip(0, 1)
 
 
+def _explained(images: np.ndarray, heatmaps: np.ndarray) -> np.ndarray:
+    """Join images, uint8 (N, S, S, 3), with their heatmaps (N, S, S) laid over them in grey."""
+    from matplotlib import colormaps
+
+    grey = images.mean(axis=3, keepdims=True) / 255
+    return _pairs(images, 0.5 * grey + 0.5 * colormaps["viridis"](heatmaps)[..., :3])
+
+
 def data_note(kind: str) -> str:
     """Return what every figure has to say about its data, from its kind."""
     return "SYNTHETIC DATA, not real tissue" if kind == "synthetic" else ""
 
 
+def add_to_log(writer: "SummaryWriter", tag: str, figure: "Figure", step: int) -> None:
+    """Log a figure to TensorBoard; its own `add_figure` needs the user's matplotlib backend."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    save(figure, buffer)
+    writer.add_image(tag, np.asarray(Image.open(buffer)), step, dataformats="HWC")
+
+
 @house_style
 def learning_curves(history: Sequence[Mapping], best_epoch: int, kind: str = "") -> "Figure":
-    """Draw loss and accuracy of train and val, and the learning rate, over the epochs.
-
-    `history` is what `fit` returned; `best_epoch` is the one whose weights were kept, `kind` the
-    data's.
-    """
+    """Draw loss and accuracy of train and val, and the learning rate, over the epochs. `history` is
+    what `fit` returned; `best_epoch` is the one whose weights were kept, `kind` the data's."""
     caption = (
         f"Dotted: epoch {best_epoch}, whose weights were kept. Train is measured on augmented "
         "images while the weights change."
@@ -134,7 +148,7 @@ def learning_curves(history: Sequence[Mapping], best_epoch: int, kind: str = "")
             panels[key].plot(epochs, values, color=colour, label=split, **style)
         panels[key].set(title=key, xlabel="epoch")
         _legend_above(panels[key], "right", 2)
-    panels["lr"].plot(epochs, [row["lr"] for row in history], color=GREY, **style)
+    panels["lr"].plot(epochs, [row["lr"] for row in history], color=GREY, clip_on=False, **style)
     panels["lr"].set(title="learning rate", xlabel="epoch", ylim=(0, None))
     for axes in panels.values():
         axes.axvline(best_epoch, color="black", linestyle=":")
@@ -185,11 +199,9 @@ def per_class_figure(metrics: Mapping[str, Any], note: str = "") -> "Figure":
 def examples_figure(
     images: np.ndarray, labels: np.ndarray, probs: np.ndarray, correct: bool, note: str = ""
 ) -> "Figure":
-    """Draw at most twelve correctly (or incorrectly) classified images, uint8 (N, S, S, 3).
-
-    One of each class, or of each confusion (the commonest first), as far as there is room; then
-    others. They are sorted by true class.
-    """
+    """Draw at most twelve correctly (or incorrectly) classified images, uint8 (N, S, S, 3). One of
+    each class, or of each confusion (the commonest first), as far as there is room; then others.
+    They are sorted by true class."""
     candidates = np.flatnonzero((probs.argmax(axis=1) == labels) == correct)
     drawn = np.random.default_rng(0).permutation(candidates)
     pairs = np.stack([labels[drawn], probs[drawn].argmax(axis=1)])
@@ -216,9 +228,7 @@ def reliability_figure(
     counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray, ece: float, note: str = ""
 ) -> "Figure":
     """Draw accuracy against confidence in bins, and the images per bin (Guo et al. 2017, fig. 1).
-
-    The first three are what `Evaluation.reliability_bins` returned.
-    """
+    The first three are what `Evaluation.reliability_bins` returned."""
     bins = len(counts)
     caption = (
         f"Images in {bins} bins by confidence, the probability of the predicted class. ECE: the "
@@ -259,15 +269,9 @@ def gradcam_figure(
     probs: np.ndarray,
     note: str = "",
 ) -> "Figure":
-    """Draw each image beside its Grad-CAM heatmap laid over the image in grey.
-
-    `images` uint8 (N, S, S, 3), `heatmaps` (N, S, S) in [0, 1] from `Evaluation.grad_cam`; a label
-    is None where nobody knows it.
-    """
-    from matplotlib import colormaps
-
-    grey = images.mean(axis=3, keepdims=True) / 255
-    overlay = 0.5 * grey + 0.5 * colormaps["viridis"](heatmaps)[..., :3]
+    """Draw each image beside its Grad-CAM heatmap laid over the image in grey. `images` uint8 (N,
+    S, S, 3), `heatmaps` (N, S, S) in [0, 1] from `Evaluation.grad_cam`; a label is None where
+    nobody knows it."""
     caption = (
         "Yellow: what spoke most for the predicted class, violet: what did not. Percentage: "
         "its probability."
@@ -276,16 +280,36 @@ def gradcam_figure(
         caption += " Blue frame: classified correctly, orange: incorrectly."
     titles = [_verdict(row, label) for row, label in zip(probs, labels, strict=True)]
     text = ("Grad-CAM", note, f"{caption}\n{CODES}")
-    return _tiles(min(3, len(images)), _pairs(images, overlay), titles, text)
+    return _tiles(min(3, len(images)), _explained(images, heatmaps), titles, text)
+
+
+@house_style
+def predictions_figure(
+    tiles: np.ndarray, probs: np.ndarray, heatmaps: np.ndarray | None, note: str = ""
+) -> "Figure":
+    """Draw at most fifty new tiles, uint8 (N, S, S, 3), with class and probability. The least
+    certain come first. `heatmaps` (N, S, S) in [0, 1] are drawn beside them."""
+    order = np.argsort(probs.max(axis=1), kind="stable")[:50]
+    shown = tiles[order] / 255 if heatmaps is None else _explained(tiles[order], heatmaps[order])
+    said = (_verdict(probs[i], None)[0].removeprefix("pred. ") for i in order)
+    titles = [(f"{i:04d}\n{each}", GREY) for i, each in zip(order, said, strict=True)]
+    caption = (
+        f"{len(order)} of {len(tiles)} tiles, the least certain first: row of predictions.csv, "
+        "counted from 0; class, probability."
+    )
+    if heatmaps is not None:
+        caption += (
+            " Right: Grad-CAM; yellow is what spoke most for that class, violet what did not."
+        )
+    text = ("Predictions", note, f"{caption}\n{CODES}")
+    return _tiles(4 if heatmaps is not None else 6, shown, titles, text)
 
 
 @house_style
 def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: str) -> "Figure":
-    """Draw the model's named stages as boxes, with what each holds and its output shape.
-
-    `table` is what `MyModels.layer_table` returned. A part called "skip" is drawn as an arrow
-    around the layers that it skips.
-    """
+    """Draw the model's named stages as boxes, with what each holds and its output shape. `table` is
+    what `MyModels.layer_table` returned. A part called "skip" is drawn as an arrow around the
+    layers that it skips."""
     stages: dict[str, list] = {}
     for row in table:
         stages.setdefault(row[0].removeprefix("net.").split(".")[0], []).append(row)

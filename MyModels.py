@@ -18,11 +18,9 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Normalize(nn.Module):
-    """Subtract the training pixels' channel mean and divide by their standard deviation.
-
-    Both are 3 floats in units of [0, 1], kept as buffers: they are saved with the weights, so that
-    a checkpoint can never be used with another data set's normalisation.
-    """
+    """Subtract the training pixels' channel mean and divide by their standard deviation. Both are 3
+    floats in units of [0, 1], kept as buffers: they are saved with the weights, so that a
+    checkpoint can never be used with another data set's normalisation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -36,12 +34,10 @@ class Normalize(nn.Module):
 
 
 class SkipStage(nn.Module):
-    """Two 3x3 convolutions, each with BatchNorm, and a skip connection around both.
-
-    The skip connection is a 1x1 convolution that matches the widths: (N, in, S, S) becomes
-    (N, out, S, S). The last BatchNorm starts at zero, so that every stage starts as its skip
-    connection alone (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
-    """
+    """Two 3x3 convolutions, each with BatchNorm, and a skip connection around both. The skip
+    connection is a 1x1 convolution that matches the widths: (N, in, S, S) becomes (N, out, S, S).
+    The last BatchNorm starts at zero, so that every stage starts as its skip connection alone
+    (Goyal et al. 2017, arXiv 1706.02677, section 5.1)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -62,14 +58,12 @@ class SkipStage(nn.Module):
 
 
 class SkipCNN(nn.Module):
-    """The project's CNN: a full-resolution stem, three skip stages and a dense head.
-
-    A MaxPool before each stage halves the resolution; of an odd size, the last row and column are
-    pooled alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the
-    values to normalise and activate. `widths` are the channels of the stem's two convolutions and
-    of the stages, `mean` and `std` the training images'. Takes float images (N, 3, S, S) in [0, 1]
-    with S of 8 or more, returns logits (N, 9).
-    """
+    """The project's CNN: a full-resolution stem, three skip stages and a dense head. A MaxPool
+    before each stage halves the resolution; of an odd size, the last row and column are pooled
+    alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the values
+    to normalise and activate. `widths` are the channels of the stem's two convolutions and of the
+    stages, `mean` and `std` the training images'. Takes float images (N, 3, S, S) in [0, 1] with S
+    of 8 or more, returns logits (N, 9)."""
 
     def __init__(
         self,
@@ -102,13 +96,14 @@ class SkipCNN(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(128, NUM_CLASSES),
         )
+        self.register_buffer("temperature", torch.ones(()))  # see `Training.calibrate`
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
         x = self.stage1(self.stem(self.normalize(images)))
         x = self.stage2(self.pool1(x))
         x = self.stage3(self.pool2(x))
-        return self.head(self.pool3(x))
+        return self.head(self.pool3(x)) / self.temperature
 
     def gradcam_layer(self, size: int) -> nn.Module:
         """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
@@ -116,11 +111,9 @@ class SkipCNN(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling.
-
-    The ImageNet stem would shrink 28 px to 7 px before the first block; this is the variant
-    that MedMNIST's official experiments use at 28 px. Same input and output as `SkipCNN`.
-    """
+    """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling. The ImageNet stem
+    would shrink 28 px to 7 px before the first block; this is the variant that MedMNIST's official
+    experiments use at 28 px. Same input and output as `SkipCNN`."""
 
     def __init__(self, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
         from torchvision.models import resnet18  # here, for it takes as long as torch to import
@@ -130,10 +123,11 @@ class ResNet18(nn.Module):
         self.net = resnet18(num_classes=NUM_CLASSES)
         self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.net.maxpool = nn.Identity()
+        self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
-        return self.net(self.normalize(images))
+        return self.net(self.normalize(images)) / self.temperature
 
     def gradcam_layer(self, size: int) -> nn.Module:
         """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
@@ -149,11 +143,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def layer_table(model: nn.Module, size: int) -> list[tuple[str, str, str, str, int]]:
-    """Describe every layer by running one image of that size through the model.
-
-    One row (name, type, kernel, output shape, parameters) per layer without children, in order of
-    execution.
-    """
+    """Describe every layer by running one image of that size through the model. One row (name,
+    type, kernel, output shape, parameters) per layer without children, in order of execution."""
     rows = []
 
     def record(name: str, module: nn.Module, _inputs: tuple, output: Tensor) -> None:

@@ -30,14 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import Evaluation
 import Figures
 import Runs
 import Training
-from analyze_data import PathData, channel_stats, find_data, load_data
+from analyze_data import ROOT, PathData, channel_stats, find_data, load_data
 from Common import Parser, Stopped, UserError, as_path, run_script, write_json
 from MyModels import MODELS, count_parameters
 from Runs import Config
@@ -117,12 +116,10 @@ class EpochSampler(BatchSampler):
 def make_loader(
     data: PathData, split: str, batch_size: int, device: str = "cpu", shuffle: bool = False
 ) -> DataLoader:
-    """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,) of a split.
-
-    One index, a list, fetches a whole batch (`batch_size=None` with a `BatchSampler`): no image is
-    ever handled alone. For a GPU the split lies in its memory, if it takes no more than half of
-    what is free there. With `shuffle`, each of several processes gets its own share.
-    """
+    """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,) of a split. One index, a
+    list, fetches a whole batch (`batch_size=None` with a `BatchSampler`): no image is ever handled
+    alone. For a GPU the split lies in its memory, if it takes no more than half of what is free
+    there. With `shuffle`, each of several processes gets its own share."""
     tensors = [torch.from_numpy(array) for array in (data.images[split], data.labels[split])]
     pinned = device == "cuda"
     if pinned and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info()[0] / 2:
@@ -182,8 +179,6 @@ def resume_run(args: dict, device: str) -> None:
     if data.md5 != settings["dataset"]["md5"]:
         what = f"{data.path}: not the file that {run_dir} was trained on"
         raise UserError(f"{what}; give that --data")
-    if len(settings["seeds"]) == 1 and not (run_dir / "last.pt").exists():
-        raise UserError(f"{run_dir}: no last.pt to resume from; start a new run")
     if settings["processes"] != world()[1]:
         command = Runs.resume_command(run_dir, settings["processes"])
         raise UserError(f"{run_dir}: started with another number of processes; use {command}")
@@ -200,7 +195,7 @@ def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: P
             from_first(lambda seed_dir=seed_dir: seed_dir.mkdir(exist_ok=True))
             runs.append(train(data, replace(config, seed=seed), seed_dir))
     except Stopped as stop:
-        if first and any(run_dir.rglob("last.pt")):
+        if first and any(run_dir.rglob("config.json")):
             stop.advice = f"; go on with: {Runs.resume_command(run_dir, world()[1])}"
         raise
     if first and several:
@@ -208,11 +203,9 @@ def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: P
 
 
 def train(data: PathData, config: Config, run_dir: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Train one model into `run_dir` (or go on there) and evaluate it.
-
-    Returns metrics.json's content and the probabilities that it was computed from; nothing in other
-    processes than the first.
-    """
+    """Train one model into `run_dir` (or go on there) and evaluate it. Returns metrics.json's
+    content and the probabilities that it was computed from; nothing in other processes than the
+    first."""
     mean, std = channel_stats(data.images["train"])
     torch.manual_seed(config.seed)
     model = MODELS[config.model](mean=mean.tolist(), std=std.tolist())
@@ -232,37 +225,39 @@ def train(data: PathData, config: Config, run_dir: Path) -> tuple[dict, dict[str
             f"{config.epochs} epochs of {len(train_loader)} batches of {config.batch_size}, "
             f"{config.device} {config.precision}, seed {config.seed}{resumed}"
         )
-        with SummaryWriter(str(run_dir), purge_step=done + 1 if state.resumed else 0) as writer:
+        write_json(run_dir / "config.json", run_settings(data, config))  # from here on resumable
+        with Training.open_log(run_dir, done + 1 if state.resumed else 0) as log:
             if not state.resumed:
-                settings = run_settings(data, config)
-                write_json(run_dir / "config.json", settings)
-                Training.log_graph(writer, model, data.images["train"][0])
-                Evaluation.log_start(writer, model, data, config)
-            history = Training.fit(state, train_loader, val_loader, writer)
+                Training.log_graph(log["run"], model, data.images["train"][0])
+                Evaluation.log_start(log["run"], model, data, config)
+            history = Training.fit(state, train_loader, val_loader, log)
             about = {"model": {"name": config.model, "parameters": count_parameters(model)}}
             about |= {"seed": config.seed, **Training.how_trained(history)}
             curves = Figures.learning_curves(history, about["best_epoch"], data.kind)
             Evaluation.save_figures(run_dir, {"learning_curves": curves})
             results, probs = evaluate(model, data, about, run_dir)
-            Evaluation.log_results(writer, run_dir, config, results, data, probs)
+            Evaluation.log_results(log["run"], run_dir, config, results, data, probs)
     return results, probs
 
 
 def evaluate(
     model: torch.nn.Module, data: PathData, about: dict, out_dir: Path
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Evaluate on val and test; write and return the results, and return the probabilities.
-
-    `about` is what metrics.json says of the model beside its results. The test split is read here,
-    after training, and never before.
-    """
+    """Evaluate on val and test; write and return the results, and return the probabilities. `about`
+    is what metrics.json says of the model beside its results. The test split is read here, after
+    training, and never before."""
     results, probs = {"dataset": data.card, **about}, {}
+    results["temperature"] = temperature = model.temperature.item()
     device = next(model.parameters()).device.type
     for key in tqdm(Evaluation.RESULTS, desc="evaluate", unit="pass", disable=None):
         split, views = key.removesuffix("_tta"), 8 if key.endswith("_tta") else 1
         loader = make_loader(data, split, Training.eval_batch(data.size), device)
         probs[key], labels = Training.predict(model, loader, views)
         results[key] = Evaluation.compute_metrics(probs[key], labels)
+        if views == 1:
+            plain = Evaluation.with_temperature(probs[key], 1 / temperature)
+            ece = Evaluation.expected_calibration_error(plain, labels)
+            results[key]["ece_without_temperature"] = ece
     Evaluation.write_results(out_dir, results, probs["test"])
     Evaluation.save_figures(out_dir, Evaluation.result_figures(model, data, probs, results))
     summarise(results, out_dir)
@@ -288,7 +283,7 @@ def evaluate_run(args: dict) -> None:
         return  # only training is shared
     run_dir, device = args["evaluate"], Training.choose_device(args.get("device", "auto"))
     settings, config = Runs.read_run(run_dir)
-    data, seeds, below = data_of_run(args, settings), settings["seeds"], "."
+    data, seeds, subfolder = data_of_run(args, settings), settings["seeds"], "."
     folders = Runs.seed_dirs(run_dir, seeds, finished=True)
     loaded = [Runs.load_model(folder, device) for folder in folders]
     for _, checkpoint in loaded:
@@ -296,15 +291,17 @@ def evaluate_run(args: dict) -> None:
             what = f"{data.path}: images of {data.size} px, but {run_dir} knows {size} px"
             raise UserError(f"{what}; give --data of that size")
     if data.md5 != settings["dataset"]["md5"]:
-        below = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
-        print(f"Not the data that {run_dir} was trained on: results go to {below} in its folder.")
+        subfolder = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
+        print(
+            f"Not the data that {run_dir} was trained on: results go to {subfolder} in its folder."
+        )
     runs = []
     for folder, (model, checkpoint) in zip(folders, loaded, strict=True):
-        (folder / below).mkdir(exist_ok=True)
-        runs.append(evaluate(model, data, about_run(folder, model, checkpoint), folder / below))
+        (folder / subfolder).mkdir(exist_ok=True)
+        runs.append(evaluate(model, data, about_run(folder, model, checkpoint), folder / subfolder))
     if len(runs) > 1:
-        (run_dir / below).mkdir(exist_ok=True)
-        Evaluation.summarise_seeds(runs, data, run_dir / below)
+        (run_dir / subfolder).mkdir(exist_ok=True)
+        Evaluation.summarise_seeds(runs, data, run_dir / subfolder)
 
 
 def about_run(run_dir: Path, model: torch.nn.Module, checkpoint: dict) -> dict:
@@ -321,7 +318,7 @@ def about_run(run_dir: Path, model: torch.nn.Module, checkpoint: dict) -> dict:
 
 def data_of_run(args: dict, settings: dict) -> PathData:
     """Return the data that --data names, or else that the run was trained on."""
-    path = args.get("data", settings["dataset"]["path"])
+    path = args.get("data", str(ROOT / settings["dataset"]["path"]))
     if "data" not in args and not os.path.exists(path):
         raise UserError(f"{path}: the run's data is no longer there; say with --data where it is")
     return first_then_others(lambda: load_data(find_data(path)))

@@ -16,6 +16,7 @@ import csv
 import io
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import Figures
@@ -43,31 +43,42 @@ from Training import choose_device, eval_batch, predict, prepare_processor
 BEST = Path(__file__).resolve().parent / "runs" / "best"
 
 
-def find_tiles(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths` and, sorted, those in the folders, hidden ones apart."""
+def find_tiles(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Return the files among `paths` and, sorted, those in the folders. Links to folders are
+    followed. Hidden files are left out, and so is `out`, the results' folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}; ask for access, or leave it out")
+
     files: list[Path] = []
+    seen = {os.path.realpath(out)}
     for path in paths:
-        if os.path.isdir(path):
-            below = [p for p in path.rglob("*") if os.path.isfile(p)]
-            files += sorted(p for p in below if "/." not in f"/{p.relative_to(path).as_posix()}")
-        elif os.path.isfile(path):
+        if not os.path.isdir(path):
             files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder, or no access; check the path")
+            continue
+        if os.path.samefile(path, out):
+            raise UserError(f"--out {out}: the folder of the tiles; choose another")
+        for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+            new = os.path.realpath(folder) not in seen
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(name for name in folders if new and name[0] != ".")
+            files += [Path(folder, name) for name in sorted(names) if new and name[0] != "."]
     if not files:
-        raise UserError(f"{paths[0]}: no files in that folder, or no access; check the path")
+        raise UserError(f"{paths[0]}: no files in that folder; check the path")
     return files
 
 
 def read_tile(path: Path, size: int) -> np.ndarray:
     """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
-
     Transparent pixels become white, as an empty slide is. Raises an exception, mostly Pillow's,
-    when the file is no image, is too large, or has pixels of more than 8 bits.
-    """
+    when the file is no image, is too large, or has pixels of more than 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if path.exists() and not path.is_file():  # opening a pipe would wait forever
+            raise ValueError("not a regular file")
         with Image.open(path) as image:
+            if (pages := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"{pages} pages or frames; cut it into tiles, a file for each")
             if image.mode.startswith(("I", "F")):
                 raise ValueError("pixels of more than 8 bits; convert them")
             if image.has_transparency_data:
@@ -110,15 +121,18 @@ def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> No
     print(f"All nine probabilities of {len(rows)} tiles: {path}")
 
 
-def explain(
-    model: nn.Module, tiles: np.ndarray, probs: np.ndarray, names: Sequence[Path], out: Path
+def save_pictures(
+    tiles: np.ndarray, probs: np.ndarray, heatmaps: np.ndarray | None, paths: list[Path], note: str
 ) -> None:
-    """Save each tile beside its Grad-CAM; numbered, as file names may be alike."""
-    for index, (name, tile, p) in enumerate(zip(names, tiles, probs, strict=True)):
-        heatmap = grad_cam(model, tile[None], p.argmax(keepdims=True))
-        figure = Figures.gradcam_figure(tile[None], heatmap, [None], p[None])
-        Figures.save(figure, out / f"{index:04d}-{name.stem[:50]}.png")
-    print(f"Each tile beside its Grad-CAM: {out / '0000-*.png'} and so on")
+    """Draw the least certain tiles in `paths[0]`; with heatmaps, each tile also in one of the
+    others."""
+    Figures.save(Figures.predictions_figure(tiles, probs, heatmaps, note), paths[0])
+    print(f"The least certain tiles: {paths[0]}")
+    if heatmaps is not None:
+        for index, path in enumerate(tqdm(paths[1:], desc="explain", unit="tile", disable=None)):
+            tile, heatmap, p = (array[index : index + 1] for array in (tiles, heatmaps, probs))
+            Figures.save(Figures.gradcam_figure(tile, heatmap, [None], p, note), path)
+        print(f"Each tile beside its Grad-CAM: {paths[1]} and so on")
 
 
 def build_parser() -> Parser:
@@ -149,16 +163,26 @@ def main(argv: list[str] | None = None) -> None:
     if identity.get("kind") == "synthetic":
         what = "This model was trained on SYNTHETIC data: its answers mean nothing."
         print(what, file=sys.stderr)
-    files = find_tiles(args.paths)
     args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # can it be written to? Before all is computed
+    files = find_tiles(args.paths, args.out)
     names, tiles = read_tiles(files, identity["size"])
+    if (args.out / "predictions.csv").exists():  # pictures of an earlier run
+        for old in args.out.glob("[0-9][0-9][0-9][0-9]*-*.png"):
+            old.unlink()
     parts = torch.from_numpy(tiles).split(eval_batch(identity["size"]))
     batches = [(part, torch.zeros(len(part))) for part in parts]
     bar = tqdm(models, desc="classify", unit="model", disable=None)
     probs = np.mean([predict(model, batches, views=8)[0] for model in bar], axis=0)
     write_predictions(list(zip(names, probs, strict=True)), args.out / "predictions.csv")
-    if args.explain:
-        explain(models[0], tiles, probs, names, args.out)
+    heatmaps = None
+    if args.explain:  # where the first model looks
+        batches = np.split(np.arange(len(tiles)), range(100, len(tiles), 100))
+        heatmaps = [grad_cam(models[0], tiles[rows], probs[rows].argmax(1)) for rows in batches]
+        heatmaps = np.concatenate(heatmaps)
+    pictures = [f"{index:04d}-{name.stem[:50]}.png" for index, name in enumerate(names)]
+    paths = [args.out / name for name in ("predictions.png", *pictures)]
+    save_pictures(tiles, probs, heatmaps, paths, Figures.data_note(identity.get("kind", "")))
     if len(names) < len(files):
         what = f"{len(files) - len(names)} of {len(files)} files are not readable images"
         raise UserError(f"{what}, named above; convert or remove them")

@@ -57,15 +57,16 @@ class Config:
 
 
 def make_run_dir(log_dir: Path, name: str) -> Path:
-    """Create a run's own folder; UserError if it is there already or cannot be made."""
+    """Create a run's own folder; UserError if there is a run in it or it cannot be made."""
     run_dir = log_dir / name
-    if run_dir.exists():
-        raise UserError(f"{run_dir}: exists already; choose another --name or --resume it")
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        taken = any(path.name[0] != "." for path in run_dir.iterdir())
     except OSError as error:
         why = f"no folder that can be written ({error.strerror})"
         raise UserError(f"--log-dir {log_dir}: {why}; choose another") from error
+    if taken:
+        raise UserError(f"{run_dir}: exists already; choose another --name or --resume it")
     return run_dir
 
 
@@ -112,7 +113,9 @@ def seed_dirs(run_dir: Path, seeds: Sequence[int], finished: bool = False) -> li
 def resume_command(run_dir: Path, processes: int) -> str:
     """Return what to type to continue a run."""
     start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
-    script = os.path.relpath(Path(__file__).with_name("PathMNIST.py"))
+    script = str(Path(__file__).with_name("PathMNIST.py"))
+    with contextlib.suppress(ValueError):  # on another drive than the working folder
+        script = os.path.relpath(script)
     return f"{start} {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
 
 
@@ -133,10 +136,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint into main memory, without running any code that it may hold.
-
-    UserError if the file is missing, damaged, or not one of this project's checkpoints.
-    """
+    """Read a checkpoint into main memory, without running any code that it may hold. UserError if
+    the file is missing, damaged, or not one of this project's checkpoints."""
     try:
         with zipfile.ZipFile(path) as archive:  # what is none, is not unpickled at all
             if archive.testzip():  # torch does not compare the checksums

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -69,10 +69,8 @@ def resolve(config: Config, n_train: int) -> Config:
 
 
 def has_fast_bf16(device: str) -> bool:
-    """Return whether the device computes faster in bfloat16 than in float32.
-
-    Of processors those with AMX do, and AMD's with AVX-512 BF16; Intel's with that alone do not.
-    """
+    """Return whether the device computes faster in bfloat16 than in float32. Of processors those
+    with AMX do, and AMD's with AVX-512 BF16; Intel's with that alone do not."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known, cpuinfo = torch.cpu.get_capabilities(), Path("/proc/cpuinfo")
@@ -85,10 +83,39 @@ def prepare_processor() -> None:
     """Set what makes a step on a CPU faster; to be called before PyTorch starts a thread."""
     # The momenta of dead units decay to denormal numbers, with which Intel's fp32 is slow.
     torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # numpy's
     # glibc gives much of what a step frees back to the kernel, and takes it anew page by page.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+
+
+def watch_cores() -> Callable[[], None]:
+    """Return a function that lets PyTorch use as many threads as cores are free, if a second has
+    passed since it was last called. Threads wait for each other at every layer: where another
+    program takes the core of one, all come nearly to a halt. Their number changes the last bits of
+    a result, so one that the user has set (`OMP_NUM_THREADS`) is kept."""
+    most, stat = torch.get_num_threads(), Path("/proc/stat")
+    if "OMP_NUM_THREADS" in os.environ or not stat.exists():
+        return lambda: None
+
+    def look() -> tuple[float, float]:
+        """Return the time, and how many core seconds everybody else has computed so far."""
+        user, nice, system, _idle, _iowait, *rest = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - time.process_time()
+
+    then = look()
+
+    def adapt() -> None:
+        nonlocal then
+        if time.perf_counter() - then[0] > 1:
+            now = look()
+            free = os.cpu_count() - (now[1] - then[1]) / (now[0] - then[0])
+            then = now
+            torch.set_num_threads(max(1, min(most, int(free + 0.3))))  # .3: a core nearly free
+
+    return adapt
 
 
 def world() -> tuple[int, int]:
@@ -97,10 +124,8 @@ def world() -> tuple[int, int]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """Return what `make()` returns in the first process, in all processes.
-
-    If it raises a `UserError`, the first process goes on to say so and the others end in silence.
-    """
+    """Return what `make()` returns in the first process, in all processes. If it raises a
+    `UserError`, the first process goes on to say so and the others end in silence."""
     box: list[Any] = [None, None]
     if world()[0] == 0:
         try:
@@ -140,11 +165,9 @@ def join_processes(device: str) -> None:
 
 
 class TrainingState:
-    """All that changes during training, and its files: `best.pt`, `history.csv`, `last.pt`.
-
-    Goes on from `run_dir/last.pt` when there is one (`resumed`). `identity` are plain values that
-    both checkpoints carry: md5, size and kind of the data.
-    """
+    """All that changes during training, and its files: `best.pt`, `history.csv`, `last.pt`. Goes on
+    from `run_dir/last.pt` when there is one (`resumed`). `identity` are plain values that both
+    checkpoints carry: md5, size and kind of the data."""
 
     def __init__(
         self, model: nn.Module, config: Config, run_dir: Path, identity: dict | None = None
@@ -157,6 +180,7 @@ class TrainingState:
         self.averaged, self.update_average = make_average(model, config.ema)
         self.optimizers = make_optimizers(model, config)
         self.history: list[dict] = []
+        self.adapt_threads = watch_cores()
         self.resumed = (run_dir / "last.pt").exists()
         if self.resumed:
             self.load(run_dir / "last.pt")
@@ -193,10 +217,8 @@ class TrainingState:
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """Return the matrix with its singular values moved towards 1: about the nearest orthogonal one.
-
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon):
-    a step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2.
-    """
+    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a
+    step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / x.norm().clamp_min(1e-7)
@@ -209,12 +231,10 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 class ConvMuon(torch.optim.Optimizer):
     """Muon for convolution kernels, orthogonalising in `dtype`; torch's own always does in bf16.
-
     Muon moves the averaged gradient of a matrix (its momentum) towards the nearest orthogonal
     matrix, so that its weak directions learn at nearly the pace of its strong ones. A kernel (out,
     in, k, k) is taken as a matrix (out, k * k * in). Steps are scaled to the size of AdamW's (Liu
-    et al. 2025, arXiv 2502.16982). Steps equal those of `torch.optim.Muon`.
-    """
+    et al. 2025, arXiv 2502.16982). Steps equal those of `torch.optim.Muon`."""
 
     def __init__(self, kernels: list, dtype: torch.dtype, **options: float) -> None:
         self.dtype = dtype
@@ -240,11 +260,9 @@ class ConvMuon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Return Muon for the kernels behind the first layer, and AdamW for everything else.
-
-    Both take the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019,
-    arXiv 1812.01187).
-    """
+    """Return Muon for the kernels behind the first layer, and AdamW for everything else. Both take
+    the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019, arXiv
+    1812.01187)."""
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]  # not the first
     taken = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -258,10 +276,8 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Return the learning rate of a step: a linear rise, then half a cosine down to zero.
-
-    A pure function of the step, so that resuming needs no scheduler state.
-    """
+    """Return the learning rate of a step: a linear rise, then half a cosine down to zero. A pure
+    function of the step, so that resuming needs no scheduler state."""
     progress = step / total_steps
     if progress < config.warmup:
         return config.lr * max(progress, 1e-3) / config.warmup  # above 0: the first step counts
@@ -270,12 +286,10 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 
 def make_average(model: nn.Module, horizon: float) -> tuple[nn.Module, Callable[[int, int], None]]:
-    """Return (averaged model, function to call after each step with step and total steps).
-
-    An exponential moving average of weights and BatchNorm statistics. The horizon is a share of
-    the run, so that long and short runs average alike; the decay rises with the first steps, so
-    that the random initial weights are soon forgotten. With horizon 0 it is the model itself.
-    """
+    """Return (averaged model, function to call after each step with step and total steps). An
+    exponential moving average of weights and BatchNorm statistics. The horizon is a share of the
+    run, so that long and short runs average alike; the decay rises with the first steps, so that
+    the random initial weights are soon forgotten. With horizon 0 it is the model itself."""
     if not horizon:
         return model, lambda step, total_steps: None
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
@@ -295,14 +309,12 @@ def fit(
     state: TrainingState,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    writer: SummaryWriter | None = None,
+    log: dict[str, SummaryWriter] | None = None,
 ) -> list[dict]:
     """Train, validating after each epoch, and leave `best.pt` and `last.pt` in the run's folder.
-
-    Goes on behind the state's last epoch; the result is then bit-identical to that of a run which
-    was never interrupted. Returns the history, a row per epoch, and leaves the best epoch's weights
-    in the model. UserError if the loss is no longer finite: `best.pt` is then that of before.
-    """
+    Goes on behind the state's last epoch; on as many threads, the result is bit-identical to that
+    of a run which was never interrupted. Returns the history, a row per epoch, and leaves the best
+    epoch's weights in the model, calibrated. UserError if the loss is no longer finite."""
     config, (rank, processes) = state.config, world()
     net = DistributedDataParallel(state.model) if processes > 1 else state.model
     if rank == 0 and not state.resumed:
@@ -313,7 +325,7 @@ def fit(
         for epoch in range(done, config.epochs):
             if should_stop(state.history, config.patience):
                 best = best_epoch(state.history)
-                bar.write(f"early stop: val loss is worse than at epoch {best}")
+                bar.write(f"early stop: no val loss near the lowest since epoch {best}")
                 break
             row = {"epoch": epoch + 1} | train_one_epoch(net, state, train_loader, epoch, bar)
             probs, labels = from_first(lambda: predict(state.averaged, val_loader))
@@ -325,25 +337,33 @@ def fit(
                 raise UserError(f"{what}; train anew with {remedy}")
             state.history.append(row)
             if rank == 0:
-                if writer is not None:
-                    log_epoch(writer, row, state, probs, labels)
+                if log is not None:
+                    log_epoch(log, row, state, probs, labels)
                 state.save()
                 print_epoch(row, state, bar)
-    if processes > 1:
-        dist.barrier()  # until best.pt is whole
+    from_first(lambda: calibrate(state, val_loader))  # the others wait for it
     state.model.load_state_dict(load_checkpoint(state.run_dir / "best.pt")["model"])
     return state.history
+
+
+def calibrate(state: TrainingState, val_loader: DataLoader) -> None:
+    """Fit the temperature of the best model on val and keep it in `best.pt`, once."""
+    path = state.run_dir / "best.pt"
+    best = load_checkpoint(path)
+    state.model.load_state_dict(best["model"])
+    if state.model.temperature == 1:
+        temperature = Evaluation.fit_temperature(*predict(state.model, val_loader))
+        best["model"]["temperature"].fill_(temperature)
+        save_checkpoint(path, best)
 
 
 def train_one_epoch(
     net: nn.Module, state: TrainingState, loader: DataLoader, epoch: int, bar: tqdm
 ) -> dict[str, float]:
-    """Train for one epoch; return its train figures and how long it took.
-
-    Cross-entropy and accuracy are means over the augmented images. An image with a pasted patch
-    counts as right when its larger part's class is found. Sums stay on the device until the end:
-    no step waits for what a GPU has computed.
-    """
+    """Train for one epoch; return its train figures and how long it took. Cross-entropy and
+    accuracy are means over the augmented images. An image with a pasted patch counts as right when
+    its larger part's class is found. Sums stay on the device until the end: no step waits for what
+    a GPU has computed."""
     start = time.perf_counter()
     net.train()
     config = state.config
@@ -358,6 +378,7 @@ def train_one_epoch(
         labels = labels.to(config.device, non_blocking=labels.is_pinned())
         logits, targets = train_step(net, state.optimizers, images, labels, generator, config)
         state.update_average(step, total_steps)
+        state.adapt_threads()
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
@@ -376,10 +397,8 @@ def train_one_epoch(
 
 
 def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generator:
-    """Make order, dropout and augmentation functions of (seed, epoch) alone.
-
-    That is what makes a resumed run equal, bit for bit, one that was never interrupted.
-    """
+    """Make order, dropout and augmentation functions of (seed, epoch) alone. That is what makes a
+    resumed run equal, bit for bit, one that was never interrupted."""
     rank, processes = world()
     number = config.seed * SEED_STEP + epoch
     loader.sampler.set_epoch(number)
@@ -395,11 +414,9 @@ def train_step(
     generator: torch.Generator,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Augment one batch, pass it forwards and backwards, update the weights.
-
-    Takes uint8 images (N, S, S, 3) and int64 labels (N,) on the device; returns detached float32
-    logits and the targets that they should have met, both (N, 9).
-    """
+    """Augment one batch, pass it forwards and backwards, update the weights. Takes uint8 images (N,
+    S, S, 3) and int64 labels (N,) on the device; returns detached float32 logits and the targets
+    that they should have met, both (N, 9)."""
     targets = F.one_hot(labels, len(SHORT_NAMES)).float()
     images, targets = augment(images, targets, generator, config)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -419,13 +436,11 @@ def eval_batch(size: int) -> int:
 
 @torch.inference_mode()
 def predict(model: nn.Module, loader: DataLoader, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return class probabilities, float32 (N, 9), and labels, int64 (N,), of a loader's images.
-
-    The one path to probabilities: validation, test, figures and new tiles all come here. `views`
-    is 1, or 8 for the mean over the flips and quarter turns that training draws from. Computed in
+    """Return class probabilities, float32 (N, 9), and labels, int64 (N,), of a loader's images. The
+    one path to probabilities: validation, test, figures and new tiles all come here. `views` is 1,
+    or 8 for the mean over the flips and quarter turns that training draws from. Computed in
     float32, whatever the training precision (a GPU's convolutions in TF32, as is PyTorch's
-    default); the model is left as it was, in train or eval mode.
-    """
+    default); the model is left as it was, in train or eval mode."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -442,12 +457,10 @@ def predict(model: nn.Module, loader: DataLoader, views: int = 1) -> tuple[np.nd
 
 
 def best_epoch(history: Sequence[dict]) -> int:
-    """Return the epoch whose weights are kept, counted from 1; 0 before the first.
-
-    The latest one whose val loss is within a standard error of the lowest before it (after the
-    one-standard-error rule of Breiman et al. 1984). Among losses that the val images cannot tell
-    apart, the later epoch has the lower learning rate and the more settled weights.
-    """
+    """Return the epoch whose weights are kept, counted from 1; 0 before the first. The latest one
+    whose val loss is within a standard error of the lowest before it (after the one-standard-error
+    rule of Breiman et al. 1984). Among losses that the val images cannot tell apart, the later
+    epoch has the lower learning rate and the more settled weights."""
     best, limit, lowest = 0, math.inf, math.inf
     for row in history:
         if row["val_loss"] <= lowest:
@@ -484,6 +497,18 @@ def print_epoch(row: dict, state: TrainingState, bar: tqdm) -> None:
     bar.set_postfix_str(f"epoch {row['epoch']}, val acc {row['val_accuracy']:.3f}")
 
 
+@contextlib.contextmanager
+def open_log(run_dir: Path, purge_step: int) -> Iterator[dict[str, SummaryWriter]]:
+    """Open TensorBoard's logs of a run: its own, and train's and val's, two colours of one chart.
+    What they hold of steps from `purge_step` on, an interrupted run has left: it is hidden."""
+    with contextlib.ExitStack() as stack:
+        folders = {"run": run_dir, "train": run_dir / "train", "val": run_dir / "val"}
+        yield {
+            name: stack.enter_context(SummaryWriter(str(folder), purge_step=purge_step))
+            for name, folder in folders.items()
+        }
+
+
 def log_graph(writer: SummaryWriter, model: nn.Module, image: np.ndarray) -> None:
     """Log the model's graph, traced with one uint8 image (S, S, 3)."""
     with warnings.catch_warnings():
@@ -493,26 +518,28 @@ def log_graph(writer: SummaryWriter, model: nn.Module, image: np.ndarray) -> Non
 
 
 def log_epoch(
-    writer: SummaryWriter, row: dict, state: TrainingState, probs: np.ndarray, labels: np.ndarray
+    log: dict[str, SummaryWriter],
+    row: dict,
+    state: TrainingState,
+    probs: np.ndarray,
+    labels: np.ndarray,
 ) -> None:
     """Log an epoch's scalars, and about five times a run the confusion matrix on val."""
-    tags = {
-        "Loss/train": row["train_loss"],
-        "Loss/val": row["val_loss"],
-        "Accuracy/train": row["train_accuracy"],
-        "Accuracy/val": row["val_accuracy"],
-        "AUC/val": row["val_auc"],
-        "LR": row["lr"],
-        "Speed/images per second": row["images_per_second"],
-    }
-    recalls = zip(SHORT_NAMES, row["val_recall"], strict=True)
-    tags |= {f"Recall val/{name}": recall for name, recall in recalls}
-    for tag, value in tags.items():
-        if not math.isnan(value):  # AUC or recall of a class that val does not have
-            writer.add_scalar(tag, value, row["epoch"])
     epoch, epochs = row["epoch"], state.config.epochs
+    for split in ("train", "val"):
+        log[split].add_scalar("Loss", row[f"{split}_loss"], epoch)
+        log[split].add_scalar("Accuracy", row[f"{split}_accuracy"], epoch)
+    recalls = zip(SHORT_NAMES, row["val_recall"], strict=True)
+    scores = {"AUC": row["val_auc"]} | {f"Recall/{name}": recall for name, recall in recalls}
+    for tag, score in scores.items():
+        if not math.isnan(score):  # of a class that val does not have
+            log["val"].add_scalar(tag, score, epoch)
+    log["run"].add_scalar("LR", row["lr"], epoch)
+    log["run"].add_scalar("Images per second", row["images_per_second"], epoch)
     if epoch % math.ceil(epochs / 5) == 0 or epoch == epochs:
-        note = f"val, epoch {epoch} {Figures.data_note(state.identity.get('kind', ''))}".strip()
+        kind = Figures.data_note(state.identity.get("kind", ""))
+        note = f"val, epoch {epoch}{kind and f', {kind}'}"
         figure = Figures.confusion_figure(Evaluation.confusion(probs, labels), note)
-        writer.add_figure("Confusion/val by epoch", figure, epoch)
-    writer.flush()  # before the checkpoint: a resumed log then has no gap
+        Figures.add_to_log(log["run"], "Confusion/val by epoch", figure, epoch)
+    for writer in log.values():
+        writer.flush()  # before the checkpoint: a resumed log then has no gap

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from Common import CLASS_NAMES, SHORT_NAMES, Parser, UserError, as_path, run_script
+from Figures import BLUE, GREEN, ORANGE, house_style, save
 
 if TYPE_CHECKING:  # matplotlib is imported where figures are made: `--help` need not wait for it
     from matplotlib.figure import Figure
@@ -35,10 +36,12 @@ SPLITS = ("train", "val", "test")
 SIZES = (28, 64, 128, 224)
 
 FILE_NAME = "pathmnist.npz"
-DATA_DIR = Path(__file__).resolve().parent / "data"
+ROOT = Path(__file__).resolve().parent
+DATA_DIR = ROOT / "data"
 COURSE_FILE = Path("/home/osz09/DATA_SharedClasses/SharedDatasets/MedMNIST") / FILE_NAME
 PAUSES = (1, 3)  # seconds before the second and the third try of a download
-URL = "https://zenodo.org/records/10519652/files/pathmnist.npz?download=1"
+URL = "https://zenodo.org/records/10519652/files/pathmnist.npz"
+AGENT = {"User-Agent": "PathMNIST-CNN/1.0 (a student's training scripts)"}
 MD5 = "a8b06965200029087d5bd730944a56c1"
 OFFICIAL_MD5 = {  # pixels a side -> md5, from medmnist/info.py
     28: MD5,
@@ -47,15 +50,13 @@ OFFICIAL_MD5 = {  # pixels a side -> md5, from medmnist/info.py
     224: "2c51a510bcdc9cf8ddb2af93af1eadec",
 }
 
-SPLIT_COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Okabe and Ito: safe for the colour-blind
+SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
 
 
 @dataclass(frozen=True)
 class PathData:
     """A checked PathMNIST file: for each split, images uint8 (N, S, S, 3) and labels int64 (N,).
-
-    `kind` is "official" (the md5 is MedMNIST's), "synthetic" (drawn, not tissue) or "subset".
-    """
+    `kind` is "official" (the md5 is MedMNIST's), "synthetic" (drawn, not tissue) or "subset"."""
 
     path: Path
     kind: str
@@ -76,16 +77,16 @@ class PathData:
     @property
     def card(self) -> dict:
         """What results say about the data they come from."""
-        parts = {"path": str(self.path), "kind": self.kind, "md5": self.md5}
+        path = self.path.resolve()  # from ROOT, so that a run can be resumed from elsewhere
+        path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        parts = {"path": str(path), "kind": self.kind, "md5": self.md5}
         return {**parts, "size": self.size, "counts": self.counts}
 
 
 def find_data(data: str | None) -> Path:
     """Return the npz file that `--data` names, itself or by its folder; UserError if there is none.
-
     With None, the first of: `data/pathmnist.npz`, `~/.medmnist/pathmnist.npz`, the course server's
-    file, a download, the synthetic sample (said on stderr).
-    """
+    file, a download, the synthetic sample (said on stderr)."""
     if data is not None:
         path = as_path(data)
         if os.path.isdir(path):
@@ -99,9 +100,12 @@ def find_data(data: str | None) -> Path:
         if os.path.isfile(path):
             return path
     try:
-        return download(DATA_DIR)
+        can_write = os.access(DATA_DIR if DATA_DIR.exists() else ROOT, os.W_OK)
+        return download(DATA_DIR if can_write else as_path("~/.medmnist"))
     except UserError as error:
         reason = str(error)
+    for path in DATA_DIR.glob("pathmnist*npz*"):  # what wget and browsers leave
+        reason += f". {path} is there: is that it? Then rename it to {FILE_NAME}"
     fallback = DATA_DIR / "synthetic.npz"
     if not os.path.isfile(fallback):
         raise UserError(f"{fallback}: not there; run data/make_synthetic.py. Also: {reason}")
@@ -121,34 +125,34 @@ def synthetic_banner(reason: str) -> str:
 
 
 def download(folder: Path, url: str = URL, md5: str = MD5) -> Path:
-    """Download the npz file into a folder; it gets its name once its md5 is right.
-
-    UserError if it fails; the message says what to do by hand.
-    """
+    """Download the npz file into a folder; it gets its name once its md5 is right. UserError if it
+    fails; the message says what to do by hand."""
     import pooch  # here, for it takes as long as numpy to import
-    import requests
 
     pooch.get_logger().setLevel("WARNING")
-    fetch = pooch.HTTPDownloader(progressbar=True, timeout=30)
+    fetch = pooch.HTTPDownloader(progressbar=True, timeout=30, headers=AGENT)
     for pause in (*PAUSES, None):
         try:
-            return Path(pooch.retrieve(url, f"md5:{md5}", FILE_NAME, folder, downloader=fetch))
+            path = pooch.retrieve(url, f"md5:{md5}", FILE_NAME, folder, downloader=fetch)
+            os.chmod(path, 0o644)  # for all who share the folder
+            return Path(path)
         except (OSError, ValueError) as error:
-            refused = isinstance(error, requests.ConnectionError)
-            if pause is None or refused or not isinstance(error, requests.RequestException):
+            answer = getattr(error, "response", None)
+            refused = answer is not None and answer.status_code in (401, 403, 404, 410)
+            gone = "Max retries exceeded" in str(error)  # nobody is there; not so after a reset
+            if pause is None or refused or gone or isinstance(error, PermissionError):
                 raise UserError(
                     f"{folder / FILE_NAME}: download failed ({error}); get it by hand: {url} "
                     f"(md5 {md5}), and put it into {folder}"
                 ) from error
-        time.sleep(pause)
+            wait = answer.headers.get("Retry-After", "") if answer is not None else ""
+        time.sleep(min(60, int(wait)) if wait.isdigit() else pause)
 
 
 def load_data(path: str | Path) -> PathData:
-    """Read a PathMNIST npz file and check everything about it.
-
-    UserError, in one line with file, fault and remedy, if it cannot be read or is not PathMNIST. A
-    class that is absent from train is accepted, with a warning on stderr.
-    """
+    """Read a PathMNIST npz file and check everything about it. UserError, in one line with file,
+    fault and remedy, if it cannot be read or is not PathMNIST. A class that is absent from train is
+    accepted, with a warning on stderr."""
     path = Path(path)
     try:
         if not path.is_file() and path.exists():  # opening a pipe would wait forever
@@ -180,6 +184,7 @@ def read_npz(path: Path) -> PathData:
             warnings.simplefilter("ignore")  # numpy's remarks on headers that Python 2 wrote
             if not zipfile.is_zipfile(file):  # numpy would advise to load it unsafely
                 raise UserError("no npz file, or a damaged one; download it again")
+            file.seek(0)
             npz = np.load(file, allow_pickle=False)
             images, labels = {}, {}
             for split in SPLITS:
@@ -193,6 +198,9 @@ def read_npz(path: Path) -> PathData:
                 images[split] = np.ascontiguousarray(images[split])
                 labels[split] = labels[split].reshape(-1).astype(np.int64)
             synthetic = "synthetic" in npz
+    for label, name in enumerate(CLASS_NAMES):
+        if not any(label in array for array in labels.values()):
+            raise UserError(f"has no image of class {name}: not PathMNIST; give pathmnist.npz")
     sizes = sorted({array.shape[1] for array in images.values()})
     if len(sizes) > 1:
         raise UserError(f"its splits have different sizes {sizes}; use one size")
@@ -225,7 +233,6 @@ def what_is_wrong(split: str, images: np.ndarray, labels: np.ndarray) -> str:
 
 def channel_stats(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each colour channel, exact, without a float copy.
-
     Images are uint8 (N, S, S, 3); both results are float64 (3,), in units of full scale (0 to 1).
     """
     histogram = np.zeros((3, 256), dtype=np.int64)
@@ -241,11 +248,9 @@ def channel_stats(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_duplicates(images: dict[str, np.ndarray]) -> dict[str, int]:
-    """Count images with identical pixels; `images` are contiguous arrays by split.
-
-    "train": images of train that repeat an earlier one of train. "train-val": distinct images that
-    are in both splits. So for every split and every pair.
-    """
+    """Count images with identical pixels; `images` are contiguous arrays by split. "train": images
+    of train that repeat an earlier one of train. "train-val": distinct images that are in both
+    splits. So for every split and every pair."""
     hashes = {
         split: {hashlib.blake2b(image, digest_size=16).digest() for image in array}
         for split, array in images.items()
@@ -288,11 +293,10 @@ def report(data: PathData) -> str:
     return "\n".join(lines)
 
 
+@house_style
 def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
-    """Show random train images of every class, drawn with `seed`, one row a class.
-
-    `columns` is the number of images per class; fewer where the class has fewer.
-    """
+    """Show random train images of every class, drawn with `seed`, one row a class. `columns` is the
+    number of images per class; fewer where the class has fewer."""
     from matplotlib.figure import Figure
 
     rng = np.random.default_rng(seed)
@@ -308,8 +312,9 @@ def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
             canvas[top : top + data.size, left : left + data.size] = tile
     # In pixels at 100 dpi: 28 px tiles are enlarged exactly 3 times, their names take 290.
     width = 3 * 30 * columns - 6
-    figure = Figure(figsize=(width / 100 + 3.1, 8.7), facecolor="white")
+    figure = Figure(figsize=(width / 100 + 3.1, 8.7))
     axes = figure.add_axes((290 / (width + 310), 12 / 870, width / (width + 310), 804 / 870))
+    axes.grid(False)
     axes.imshow(canvas, interpolation="nearest" if data.size == 28 else None)
     axes.set_yticks(np.arange(9) * pitch + data.size / 2, _class_labels(), fontsize=14)
     axes.set_xticks([])
@@ -319,11 +324,12 @@ def sample_grid(data: PathData, columns: int = 6, seed: int = 0) -> "Figure":
     return figure
 
 
+@house_style
 def class_distribution(data: PathData) -> "Figure":
     """Show each class's share of the three splits, with the counts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.add_subplot()
     for i, (split, colour) in enumerate(zip(SPLITS, SPLIT_COLOURS, strict=True)):
         counts = np.bincount(data.labels[split], minlength=9)
@@ -333,12 +339,12 @@ def class_distribution(data: PathData) -> "Figure":
         axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=12)
     axes.set_yticks(np.arange(9), _class_labels(), fontsize=14)
     axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
     axes.margins(x=0.1, y=0.02)
     axes.tick_params(axis="x", labelsize=13)
     axes.set_xlabel("share of the split, % (beside the bar: images)", fontsize=14)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(_title(data, "class distribution"), fontsize=16)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=14, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=14)
     return figure
 
 
@@ -364,16 +370,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     data = load_data(find_data(args.data))
     print(report(data))
-    from matplotlib import style
-
+    figures = {"samples": sample_grid(data), "class_distribution": class_distribution(data)}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        for name, draw in (("samples", sample_grid), ("class_distribution", class_distribution)):
-            with style.context("default"):  # whatever the user's settings
-                draw(data).savefig(args.out / f"{name}.png", dpi=100)
-            print(f"figure         {args.out / name}.png")
+        for name, figure in figures.items():
+            save(figure, args.out / f"{name}.png", dpi=100)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}; give a folder that can be written") from error
+    print(f"\nfigures        {', '.join(str(args.out / f'{name}.png') for name in figures)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared by the tests: tiny data with a colour and a texture per class, and one trained run."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # their number changes the last bits of weights
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts in t
 import Figures
 import PathMNIST
 import Predict
-from analyze_data import PathData, load_data
+from analyze_data import ROOT, PathData, load_data
 from Common import run_script
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 COUNTS = {"train": 8, "val": 4, "test": 5}  # images per class
 TRAINING = ["--epochs", "3", "--batch-size", "16", "--device", "cpu"]
@@ -59,22 +60,21 @@ def differences(a: object, b: object, name: str = "") -> list[str]:
         kept = [key for key in a if key not in ("seconds", "images_per_second")]
         return [d for key in kept for d in differences(a[key], b[key], f"{name}/{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return [d for i, (x, y) in pairs for d in differences(x, y, f"{name}/{i}")]
+        return differences(dict(enumerate(a)), dict(enumerate(b)), name)
     return [] if a == b or (a != a and b != b) else [f"{name}: {a} and {b}"]
 
 
 def different_checkpoints(run_a: Path, run_b: Path) -> list[str]:
     """Return where best.pt and last.pt of two runs differ."""
-    names = ("best.pt", "last.pt")
-    return differences(*({n: torch.load(run / n) for n in names} for run in (run_a, run_b)))
+    runs = ([torch.load(run / name) for name in ("best.pt", "last.pt")] for run in (run_a, run_b))
+    return differences(*runs)
 
 
 def only_line(text: str) -> str:
     """Return the one line that stderr must hold, without a traceback."""
-    lines = text.strip("\n").split("\n")
-    assert len(lines) == 1 and lines[0].startswith("error: "), text
-    return lines[0]
+    line = text.strip("\n")
+    assert line.startswith("error: ") and "\n" not in line, text
+    return line
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +95,8 @@ def data(tiny: Path) -> PathData:
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run from start to figures in a process of its own. Not to be written to: see `run_dir`."""
     log_dir = tmp_path_factory.mktemp("trained") / "runs"
-    command = [sys.executable, "PathMNIST.py", "--data", tiny, *TRAINING, "--log-dir", log_dir]
-    command += ["--name", "main"]
+    command = [sys.executable, "PathMNIST.py", "--data", os.path.relpath(tiny, ROOT), *TRAINING]
+    command += ["--log-dir", log_dir, "--name", "main"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return SimpleNamespace(process=process, log_dir=log_dir, run_dir=log_dir / "main")
 
@@ -124,13 +124,6 @@ def in_process(main: Callable, capfd: pytest.CaptureFixture, *argv: object) -> t
     return (status, *capfd.readouterr())
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run PathMNIST.py."""
-    return partial(in_process, PathMNIST.main, capfd)
-
-
-@pytest.fixture
-def predict_cli(capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run Predict.py."""
-    return partial(in_process, Predict.main, capfd)
+# Fixtures: functions that run PathMNIST.py and Predict.py with the given arguments.
+cli = pytest.fixture(lambda capfd: partial(in_process, PathMNIST.main, capfd))
+predict_cli = pytest.fixture(lambda capfd: partial(in_process, Predict.main, capfd))

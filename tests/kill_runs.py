@@ -4,7 +4,7 @@
 
 Every second kill waits until a checkpoint is being written. A third of the runs are killed again
 after they were resumed. In the end weights, optimiser state and history have to be bit-identical
-with those of a run that nobody killed, and TensorBoard's curves have to hold every epoch once.
+with those of a run that nobody killed, and TensorBoard's three logs have to hold every epoch once.
 Prints a table; the exit status is 1 if anything is lost or wrong.
 """
 
@@ -76,19 +76,18 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess) -> bool:
     return False
 
 
-def is_writing(run_dir: Path) -> bool:
-    """Return whether a file is being written there, under its temporary name."""
-    return run_dir.is_dir() and any(name.endswith(".tmp") for name in os.listdir(run_dir))
-
-
 def curves(run_dir: Path) -> dict[str, list]:
-    """Return each tag's (step, value) pairs as TensorBoard shows them; of speeds the steps."""
+    """Return each log's and tag's (step, value) as TensorBoard shows them; of speeds the steps."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it remarks on every resume
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    log.Reload()
-    log.Graph()  # raises ValueError where there is none
-    tags = log.Tags()["scalars"]
-    return {t: [(e.step, t[:5] == "Speed" or e.value) for e in log.Scalars(t)] for t in tags}
+    found = {}
+    for part in ("", "train/", "val/"):
+        log = EventAccumulator(str(run_dir / part), size_guidance={"scalars": 0})
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            is_speed = tag.startswith("Images")
+            found[part + tag] = [(e.step, is_speed or e.value) for e in log.Scalars(tag)]
+        assert part or log.Graph()  # raises ValueError where there is none
+    return found
 
 
 def checkpoint_epoch(run_dir: Path) -> int:
@@ -109,7 +108,7 @@ def what_is_wrong(run_dir: Path, reference: Path) -> list[str]:
     if epochs != [str(epoch) for epoch in range(1, EPOCHS + 1)]:
         wrong.append(f"history.csv: epochs {epochs}")
     a, b = (json.loads((run / "metrics.json").read_text()) for run in (run_dir, reference))
-    keys = ("best_epoch", "epochs", "val", "test", "val_tta", "test_tta")
+    keys = ("best_epoch", "epochs", "temperature", "val", "test", "val_tta", "test_tta")
     return wrong + [f"metrics.json: {key}" for key in keys if a[key] != b[key]]
 
 
@@ -117,8 +116,8 @@ def wait_for(fault: str, process: BaseProcess, run_dir: Path, rng: random.Random
     """Wait for the moment of a fault, where a whole run takes `run` seconds."""
     if fault == FAULTS[1]:
         for _ in range(rng.randrange(1, 3 * EPOCHS)):  # the how many-th file
-            wait_until(lambda: not is_writing(run_dir), process)
-            wait_until(lambda: is_writing(run_dir), process)
+            wait_until(lambda: not any(run_dir.glob(".*.tmp")), process)
+            wait_until(lambda: any(run_dir.glob(".*.tmp")), process)
         time.sleep(rng.choice([0, 0, rng.random() * 0.02]))
     else:
         process.join(rng.uniform(0.1, 0.9) * run)
@@ -139,9 +138,8 @@ def kill_one(folder: Path, name: str, seconds: float) -> tuple[list[str], str, s
         except Exception as error:  # whatever torch says of a file that is not whole
             return killed, f"a checkpoint: {error!r}", ""
         lost = lost or (f"epoch {before} of last.pt" if epoch < before else "")
-        if epoch < 0:  # nothing was there yet to go on from
-            run_dir = run_dir.with_name(f"{run_dir.name}-again")
-        argv = new_run(folder, run_dir.name) if epoch < 0 else ["--resume", run_dir]
+        begun = (run_dir / "config.json").exists()  # else the same command must do
+        argv = ["--resume", run_dir] if begun else new_run(folder, name)
         time.sleep(1.1)  # TensorBoard orders a log's files by the second in which they were begun
     status, text = finish(argv, log), log.read_text(errors="replace")
     if status != 0 or "Traceback" in text:

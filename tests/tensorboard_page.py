@@ -1,12 +1,10 @@
 """TensorBoard's page in a real browser: what stands on it, and the screenshots of the report.
 
-    python tests/tensorboard_page.py --logdir runs --out docs
-
-Needs `pip install playwright` and, on Debian, `apt-get install chromium`. Each `read_` function
-opens one tab and returns what a person would read there.
+python tests/tensorboard_page.py --logdir runs --out docs
 """
 
 import argparse
+import io
 import re
 import shutil
 import sys
@@ -16,38 +14,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 from tensorboard import program
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-SIZE = {"width": 1500, "height": 1600}
 LIMIT = 60  # seconds until TensorBoard or one element of its page has to be there
-# No fading, no blinking cursor, no spinner.
-STILL = "*, *::before, *::after { transition: none !important; animation: none !important }"
-
-
-def find_chromium() -> str | None:
-    """Return the path of an installed browser."""
-    return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @contextmanager
 def browse(log_dir: Path) -> Iterator[tuple[Page, list[str]]]:
-    """Yield a page of a new browser, for TensorBoard on that folder, and the list of its errors.
-
-    Errors: messages of level "error" on the console, uncaught exceptions, answers with status 400
-    or above. The server lasts as long as this process.
-    """
+    """Yield a new browser's page of TensorBoard on that folder, and the list of its errors."""
     server, errors, end = program.TensorBoard(), [], time.monotonic() + LIMIT
     server.configure(logdir=str(log_dir), host="localhost", port=0)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        page = browser.new_page(base_url=server.launch(), viewport=SIZE)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(base_url=server.launch(), viewport={"width": 1500, "height": 1600})
         page.set_default_timeout(LIMIT * 1000)
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("response", lambda r: errors.append(f"{r.status} {r.url}") if not r.ok else None)
-        while not page.request.get("data/runs").json():
+        runs = {path.parent for path in log_dir.rglob("events.*")}
+        while not runs or len(page.request.get("data/runs").json()) < len(runs):
             assert time.monotonic() < end, f"{log_dir}: TensorBoard finds no run there"
             time.sleep(0.1)
         open_charts(page)
@@ -59,7 +48,6 @@ def open_charts(page: Page, tags: Sequence[str] = ()) -> list[Locator]:
     """Load the page at its first tab, with these tags' charts (none: all); return their cards."""
     pattern = quote(f"^({'|'.join(map(re.escape, tags))})$" if tags else "")
     page.goto(f"/?smoothing=0&tagFilter={pattern}#timeseries")
-    page.add_style_tag(content=STILL)
     cards = [page.locator(f'scalar-card:has(.tag[title="{tag}"])').first for tag in tags]
     for card in cards:
         card.scroll_into_view_if_needed()  # which draws it
@@ -80,13 +68,19 @@ def read_names(page: Page) -> tuple[list[str], list[str]]:
     return tabs, [text.strip() for text in runs.all_inner_texts()]
 
 
-def read_charts(page: Page, tags: Sequence[str]) -> dict[str, dict[str, tuple[int, float]]]:
-    """Return the last step and value in the table below each tag's chart, by tag and run."""
-    charts = {}
+def read_charts(page: Page, tags: Sequence[str]) -> dict[str, dict[str, tuple[int, float, str]]]:
+    """Return last step, value and colour of the curves on at most twelve charts, by tag and run."""
+    charts, colour = {}, "circles => circles.map(circle => circle.style.backgroundColor)"
     for tag, card in zip(tags, open_charts(page, tags), strict=True):
-        texts = card.locator("tb-data-table-content-row").all_inner_texts()
-        rows = [text.replace(",", "").split() for text in texts]  # run, value, step, time
-        charts[tag] = {row[0]: (int(row[2]), float(row[1])) for row in rows}
+        rows, canvas = card.locator("tb-data-table-content-row"), card.locator("line-chart canvas")
+        cells = [text.replace(",", "").split() for text in rows.all_inner_texts()]
+        colours = rows.locator(".row-circle span").evaluate_all(colour)
+        drawn, end = set(), time.monotonic() + 5
+        while not drawn.issuperset(colours) and time.monotonic() < end:  # they are drawn in steps
+            picture = Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")
+            drawn = {f"rgb{rgb}" for count, rgb in picture.getcolors(1 << 24) if count > 50}
+        curves = zip(cells, colours, strict=True)  # cells: run, value, step, time
+        charts[tag] = {c[0]: (int(c[2]), float(c[1]), rgb) for c, rgb in curves if rgb in drawn}
     return charts
 
 
@@ -134,7 +128,7 @@ def read_pr_curves(page: Page) -> list[str]:
     cards = page.locator("tf-pr-curve-card")
     cards.first.wait_for()
     for card in cards.all():
-        card.locator("path.line").first.wait_for(state="attached")
+        card.locator("path.line").first.wait_for(state="attached")  # the curve
     return cards.evaluate_all("cards => cards.map(card => card.tag)")
 
 
@@ -146,22 +140,21 @@ def read_hparams(page: Page) -> list[dict[str, str]]:
         "rows => rows.map(row => [...row.cells].filter(cell => !cell.hidden).map(cell => "
         "cell.querySelector('slot').assignedElements()[0].innerText.trim()))"
     )
-    header, *rows = [row for row in rows if any(row)]
+    header, *rows = filter(any, rows)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def prepare(page: Page) -> Iterator[tuple[str, list[Locator]]]:
     """Bring one picture after the other onto the page; yield its name, and what has to be on it."""
     top = page.locator("app-header")
-    tags = [f"{name}/{split}" for name in ("Loss", "Accuracy") for split in ("train", "val")]
-    cards = open_charts(page, tags)
+    cards = open_charts(page, ["Loss", "Accuracy"])
     page.get_by_role("button", name="Settings").last.click()  # it closes
     yield "tb_scalars", [top, *cards]
     model, *names = read_graph(page)
-    page.wait_for_timeout(1500)  # the graph moves to its new place, and gives no sign of rest
     for stage in [name for name in names if "stage2" in name][:1]:  # a ResNet-18 has none
+        page.wait_for_timeout(1500)  # the graph moves to its new place, and gives no sign of rest
         page.locator(f'g.node[data-name="{stage}"] rect').first.dblclick()
-        page.wait_for_timeout(1500)
+    page.wait_for_timeout(1500)
     page.locator("tf-graph-scene svg").first.click(position={"x": 5, "y": 300})  # select nothing
     page.get_by_text("Fit to screen").click()
     yield "tb_graph", [page.locator(f'g.node[data-name="{n}"]') for n in ("output", "input", model)]
@@ -171,8 +164,8 @@ def prepare(page: Page) -> Iterator[tuple[str, list[Locator]]]:
     read_texts(page, "config|dataset|results")
     yield "tb_text", [top, page.locator("tf-text-loader:visible").nth(2)]
     read_pr_curves(page)
-    section = filter_tags(page, "PR Curves", "test/(MUS|NORM|STR|TUM)")  # confused most often
-    yield "tb_pr_curves", [top, section.locator("tf-pr-curve-card").nth(3)]
+    confused = filter_tags(page, "PR Curves", "test/(MUS|NORM|STR|TUM)")
+    yield "tb_pr_curves", [top, confused.locator("tf-pr-curve-card").nth(3)]
 
 
 def shoot(page: Page, path: Path, elements: Sequence[Locator]) -> None:
@@ -182,11 +175,11 @@ def shoot(page: Page, path: Path, elements: Sequence[Locator]) -> None:
     clip = {k: max(0, min(box[k] for box in boxes) - 20) for k in "xy"}
     for k, side in (("x", "width"), ("y", "height")):
         clip[side] = max(box[k] + box[side] for box in boxes) + 20 - clip[k]
-    page.screenshot(path=path, clip=clip)
+    page.screenshot(path=path, clip=clip, animations="disabled")
 
 
-def main() -> int:
-    """Take every screenshot; return the exit status."""
+def main() -> None:
+    """Take every screenshot; say on stderr what went wrong on the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--logdir", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="default: %(default)s")
@@ -195,9 +188,8 @@ def main() -> int:
     with browse(args.logdir) as (page, errors):
         for name, elements in prepare(page):
             shoot(page, args.out / f"{name}.png", elements)
-    print(*errors, sep="\n", file=sys.stderr)
-    return 1 if errors else 0
+    sys.exit("\n".join(errors) or 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,6 @@
 """Evaluation.py and Figures.py against scikit-learn, worked examples, a published result."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,11 +13,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from conftest import ROOT, SHARED
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
+from scipy.special import log_softmax, softmax
 from scipy.stats import binom
 from sklearn import metrics as sk
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import Evaluation
@@ -24,8 +28,7 @@ import Figures
 from Common import CLASS_NAMES, SHORT_NAMES
 from MyModels import ResNet18, SkipCNN, layer_table
 
-ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT.parent / "shared" / "data" / "reference_predictions.npz"
+REFERENCE = SHARED / "reference_predictions.npz"
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -35,8 +38,7 @@ def make_probs(n: int, classes: int = 9) -> tuple[np.ndarray, np.ndarray]:
     labels = rng.integers(classes, size=n)
     logits = rng.normal(0, 1.5, (n, 9))
     logits[np.arange(n), labels] += 3
-    probs = np.exp(logits)
-    return (probs / probs.sum(axis=1, keepdims=True)).astype(np.float32), labels
+    return softmax(logits, axis=1).astype(np.float32), labels
 
 
 def confident(guesses: list[int], confidences: list[float]) -> np.ndarray:
@@ -46,27 +48,29 @@ def confident(guesses: list[int], confidences: list[float]) -> np.ndarray:
     return probs
 
 
-def test_metrics_equal_sklearn() -> None:
-    probs, labels = make_probs(500)
-    predicted = probs.argmax(axis=1)
+@pytest.mark.parametrize("present", [9, 3])  # what is absent is left out of the means
+def test_metrics_equal_sklearn(present: int) -> None:
+    probs, labels = make_probs(500, present)
+    pair, macro = (labels, probs.argmax(axis=1)), {"labels": range(present), "average": "macro"}
+    assert len(set(pair[1])) == 9  # absent classes are predicted all the same
     expected = {
-        "accuracy": sk.accuracy_score(labels, predicted),
-        "auc": sk.roc_auc_score(labels, probs, multi_class="ovr"),
-        "macro_f1": sk.f1_score(labels, predicted, average="macro"),
-        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
-        "loss": sk.log_loss(labels, probs),
+        "accuracy": sk.accuracy_score(*pair),
+        "auc": np.mean([sk.roc_auc_score(labels == c, probs[:, c]) for c in range(present)]),
+        "macro_f1": sk.f1_score(*pair, **macro),
+        "balanced_accuracy": sk.recall_score(*pair, **macro),
+        "loss": sk.log_loss(labels, probs, labels=range(9)),
     }
     result = Evaluation.compute_metrics(probs, labels)
     assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-6)
-    assert result["confusion_matrix"] == sk.confusion_matrix(labels, predicted).tolist()
-    report = sk.classification_report(labels, predicted, target_names=CLASS_NAMES, output_dict=True)
-    for name, ours in result["per_class"].items():
-        theirs = {key.removesuffix("-score"): value for key, value in report[name].items()}
-        assert ours == pytest.approx(theirs)
+    assert result["confusion_matrix"] == sk.confusion_matrix(*pair, labels=range(9)).tolist()
+    scores = sk.precision_recall_fscore_support(*pair, labels=range(9), zero_division=0)
+    for name, theirs in zip(CLASS_NAMES, np.transpose(scores), strict=True):
+        assert list(result["per_class"][name].values()) == pytest.approx(theirs)
     losses = -np.log(probs[np.arange(500), labels])
     quick = Evaluation.validation_metrics(probs, labels)
     assert quick["loss_se"] == pytest.approx(losses.std() / 500**0.5, rel=1e-4)
-    assert quick["recall"] == [result["per_class"][name]["recall"] for name in CLASS_NAMES]
+    recall = [*scores[1][:present], *[np.nan] * (9 - present)]
+    assert quick["recall"] == pytest.approx(recall, nan_ok=True)
 
 
 def test_published_result() -> None:
@@ -74,8 +78,7 @@ def test_published_result() -> None:
         pytest.skip(f"needs {REFERENCE}")
     with np.load(REFERENCE) as file:
         scores, labels = file["log_scores"].astype(np.float64), file["targets"].astype(np.int64)
-    probs = np.exp(scores - scores.max(axis=1, keepdims=True))
-    result = Evaluation.compute_metrics(probs / probs.sum(axis=1, keepdims=True), labels)
+    result = Evaluation.compute_metrics(softmax(scores, axis=1), labels)
     assert (round(result["accuracy"], 5), round(result["auc"], 5)) == (0.90752, 0.99269)
 
 
@@ -89,8 +92,7 @@ def test_worked_example() -> None:
     assert result["confusion_matrix"][0][:3] == [1, 1, 0]
     # Class 0: scores .9, .0125 against .0625 twice: 2 of 4 pairs in order; class 1 likewise.
     assert result["auc"] == 0.5
-    # Bin of .9: accuracy 1/2; bin of .5: accuracy 1.
-    assert result["ece"] == pytest.approx((2 * 0.4 + 2 * 0.5) / 4)
+    assert result["ece"] == pytest.approx((2 * (0.9 - 1 / 2) + 2 * (1 - 0.5)) / 4)  # two bins
     # 0.6 = 9/15 shares the bin of 0.55: accuracy 1/2, mean confidence 0.575.
     closed = confident([0, 0], [0.6, 0.55])
     assert Evaluation.expected_calibration_error(closed, np.array([1, 0])) == pytest.approx(0.075)
@@ -100,24 +102,10 @@ def test_worked_example() -> None:
     assert interval == pytest.approx(binom.ppf([0.025, 0.975], 400, 0.9) / 400, abs=1.5 / 400)
 
 
-def test_absent_classes_are_left_out_of_the_means() -> None:
-    probs, labels = make_probs(200, classes=3)
-    assert set(probs.argmax(axis=1)) > set(labels)  # absent classes are predicted all the same
-    result = Evaluation.compute_metrics(probs, labels)
-    one_by_one = [sk.roc_auc_score(labels == c, probs[:, c]) for c in range(3)]
-    assert result["auc"] == pytest.approx(np.mean(one_by_one))
-    rows = list(result["per_class"].values())
-    assert result["balanced_accuracy"] == pytest.approx(np.mean([r["recall"] for r in rows[:3]]))
-    assert result["macro_f1"] == pytest.approx(np.mean([r["f1"] for r in rows[:3]]))
-    assert rows[8] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
-    recall = Evaluation.validation_metrics(probs, labels)["recall"]
-    assert np.isnan(recall).tolist() == [False] * 3 + [True] * 6
-
-
 def test_probabilities_that_underflow_or_diverge() -> None:
     probs, labels = np.eye(9, dtype=np.float32), np.arange(9)
     loss = Evaluation.validation_metrics(probs[::-1], labels)["loss"]
-    assert loss == pytest.approx(8 / 9 * 87.33655, rel=1e-6)
+    assert loss == pytest.approx(8 / 9 * -np.log(1e-37), rel=1e-6)
     diverged = Evaluation.validation_metrics(probs * np.nan, labels)
     assert np.isnan([diverged["loss"], diverged["auc"]]).all()
 
@@ -129,36 +117,52 @@ def test_one_image() -> None:
         assert result["ece"] == pytest.approx(0.2 if right else 0.8)
         assert result["accuracy_ci95"] == [right, right]
         assert json.loads(json.dumps(result, allow_nan=False)) == result
-        assert "none" in Evaluation.results_markdown({"test": result})
+        assert {type(row["support"]) for row in result["per_class"].values()} == {int}
+        assert "|      1 |" in (table := Evaluation.results_markdown({"test": result}))
+        assert "none" in table
+
+
+@pytest.mark.parametrize("true", [0.5, 1, 1.8])
+def test_temperature_of_many_images_is_the_true_one(true: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (20_000, 9))
+    labels = (logits / true + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn as they say
+    probs = softmax(logits, axis=1).astype(np.float32)
+    assert Evaluation.fit_temperature(probs, labels) == pytest.approx(true, rel=0.02)
+    assert Evaluation.with_temperature(probs, true) == pytest.approx(softmax(logits / true, axis=1))
+
+
+@pytest.mark.parametrize("n, guess", [(1, 0), (1, 1), (5, 0), (200, 0)])
+def test_temperature_of_few_images_is_held_near_1(n: int, guess: int) -> None:
+    probs, log_t = confident([guess], [0.9]), np.linspace(-2, 2, 40_001)
+    likelihood = n * log_softmax(np.log(probs) / np.exp(log_t)[:, None], axis=1)[:, 0]
+    expected = np.exp(log_t[np.argmax(likelihood - log_t**2 / (2 * 0.5**2))])
+    fitted = Evaluation.fit_temperature(probs.repeat(n, axis=0), np.zeros(n, int))
+    assert fitted == pytest.approx(expected, rel=1e-3) and 0.5 < fitted < 1.6
 
 
 def test_results_are_written_as_medmnist_reads_them(tmp_path: Path) -> None:
-    probs = np.array([[0.125, 0.1, 0]], dtype=np.float32)
+    probs, run_dir = np.array([[0.125, 0.1, 0]], dtype=np.float32), tmp_path / "v1.0"
+    run_dir.mkdir()
     for auc, said in ((None, "nan"), (0.98765, "0.988")):  # the second replaces the first
         results = {"test": {"auc": auc, "accuracy": 0.9}, "dataset": {"size": 64}}
-        Evaluation.write_results(tmp_path, results, probs)
-        assert json.loads((tmp_path / "metrics.json").read_text()) == results
-        (path,) = tmp_path.glob("*.csv")
-        assert path.name == f"pathmnist_64_test_[AUC]{said}_[ACC]0.900@{tmp_path.name}.csv"
+        Evaluation.write_results(run_dir, results, probs)
+        assert json.loads((run_dir / "metrics.json").read_text()) == results
+        (path,) = run_dir.glob("*.csv")
+        assert path.name == f"pathmnist_64_test_[AUC]{said}_[ACC]0.900@v1_0.csv"
     assert path.read_text() == "0,0.125,0.1,0.0\n"  # the shortest digits that read back the same
 
 
 def check_legible(figure: Figure) -> list[str]:
     """Assert that no drawn text is cut off, tiny or on another text; return the texts."""
-    texts, draw = [], Text.draw
-
-    def record(self: Text, *args: object, **options: object) -> None:
-        if self.get_visible() and self.get_text().strip():
-            texts.append(self)
-        return draw(self, *args, **options)
-
-    with patch.object(Text, "draw", record):
-        FigureCanvasAgg(figure).draw()
+    with patch.object(Text, "draw", autospec=True, side_effect=Text.draw) as draw:
+        figure.draw_without_rendering()
+    drawn = [call.args[0] for call in draw.call_args_list]
+    texts = [text for text in drawn if text.get_visible() and text.get_text().strip()]
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
     assert min(text.get_fontsize() for text in texts) >= 9
-    for said, box in boxes:
-        inside = box.x0 >= 0 <= box.y0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert inside, f"{said!r} is cut off"
+    for said, box in boxes:  # cut off?
+        assert box.x0 >= 0 <= box.y0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, said
     for (one, a), (other, b) in combinations(boxes, 2):
         assert not a.padded(-1).overlaps(b.padded(-1)), f"{one!r} on {other!r}"
     return [said.replace("\n", " ") for said, _ in boxes]
@@ -198,6 +202,8 @@ FIGURES = {
     "augmentation": lambda note: Figures.augmentation_figure(TILES[:8], TILES[:8] / 200, note),
     "unknown tile": lambda note: gradcam(TILES[:1], HEAT[:1], [None], SURE[:1], note),
     "Grad-CAM": lambda note: gradcam(TILES[:8], HEAT, [6] * 8, SURE, note),
+    "tiles": lambda note: Figures.predictions_figure(TILES[:8], SURE, None, note),
+    "explained tiles": lambda note: Figures.predictions_figure(TILES[:8], SURE, HEAT, note),
 }
 DARK = {"text.usetex": True, "text.color": "white", "font.size": 20, "figure.dpi": 60}
 DARK |= {f"{part}.facecolor": "black" for part in ("figure", "axes", "savefig")}
@@ -212,25 +218,25 @@ def test_figure_is_legible_whatever_the_users_settings(name: str, tmp_path: Path
             figure = FIGURES[name](f"test split, {note}")
             Evaluation.save_figures(tmp_path, {kind: figure})
             assert settings.items() <= matplotlib.rcParams.items()
-    plain, theirs = ((tmp_path / f"figures/{k}.png").read_bytes() for k in ("plain", "theirs"))
-    assert plain == theirs
+    assert len({path.read_bytes() for path in tmp_path.glob("figures/*.png")}) == 1
     assert note in figure.get_suptitle() and "\n" not in FIGURES[name]("").get_suptitle()
     check_legible(figure)
 
 
-def test_figures_need_no_backend_and_wait_for_matplotlib(tmp_path: Path) -> None:
-    code = f"""if True:
-        import sys, Figures
-        assert "matplotlib" not in sys.modules
-        from torch.utils.tensorboard import SummaryWriter
-        figure = Figures.confusion_figure([[1] * 9] * 9)
-        figure.savefig("{tmp_path}/figure.png")
-        SummaryWriter("{tmp_path}").add_figure("figure", figure)
-    """
-    env = os.environ | {"MPLBACKEND": "module://does_not_exist"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
-    Figures.confusion_figure([[1] * 9] * 9).savefig(tmp_path / "ours.png")
-    assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+def test_a_run_needs_no_backend_and_obeys_no_matplotlibrc(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("\n".join(f"{k}: {v}" for k, v in DARK.items()))
+    backend = "module://matplotlib_inline.backend_inline"  # every notebook's; not installed here
+    env = os.environ | {"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path)}
+    command = [sys.executable, "PathMNIST.py", "--data", tiny, "--epochs", "1", "--device", "cpu"]
+    subprocess.run([*command, "--log-dir", tmp_path, "--name", "a"], check=True, cwd=ROOT, env=env)
+    run_dir = tmp_path / "a"
+    assert len(list(run_dir.glob("figures/*.png"))) == 9
+    log = EventAccumulator(str(run_dir)).Reload().Images("Confusion/val by epoch")
+    matrix = json.loads((run_dir / "metrics.json").read_text())["val"]["confusion_matrix"]
+    saved, logged = run_dir / "figures/confusion_val.png", io.BytesIO(log[0].encoded_image_string)
+    for note, file in (("val split", saved), ("val, epoch 1", logged)):
+        Figures.save(Figures.confusion_figure(matrix, note), ours := io.BytesIO())
+        assert np.array_equal(Image.open(file), Image.open(ours)), note
 
 
 def test_content_of_figures() -> None:
@@ -242,15 +248,13 @@ def test_content_of_figures() -> None:
 
     (axes,) = Figures.confusion_figure(FULL_SIZE).axes
     texts = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}
-    assert len(texts) == 81 and texts[0, 0] == "1350\n93%"
-    assert texts[8, 2] == "12\n3%"  # column 8, row 2: 12 of 447
+    assert (len(texts), texts[0, 0], texts[8, 2]) == (81, "1350\n93%", "12\n3%")  # 12 of 447
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
 
     figure = reliability(confident([0, 0, 0], [0.9, 0.9, 0.5]), np.array([0, 1, 0]))
-    upper, lower = ([bar.get_height() for bar in axes.patches] for axes in figure.axes)
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[0] * 7 + [1] + [0] * 5 + [0.5, 0], [0] * 7 + [1] + [0] * 5 + [2, 0]]
     assert figure.get_suptitle() == "Reliability: ECE 0.433"  # (2 * 0.4 + 1 * 0.5) / 3
-    assert upper == [0] * 7 + [1] + [0] * 5 + [0.5, 0]
-    assert lower == [0] * 7 + [1] + [0] * 5 + [2, 0]
 
     figure = gradcam(TILES[:2], HEAT[:2], [0, 0], np.eye(9)[[0, 7]])
     assert titles(figure) == ["true ADI pred. ADI 100%", "true ADI pred. STR 100%"]
@@ -259,6 +263,12 @@ def test_content_of_figures() -> None:
     assert shown[:, :28] == pytest.approx(TILES[1] / 255)
     grey = TILES[1].mean(axis=2, keepdims=True) / 255
     assert shown[:, 29:] == pytest.approx((grey + yellow) / 2, abs=1e-3)
+
+    figure = Figures.predictions_figure(TILES[:60], PROBS, None)
+    order = np.argsort(PROBS.max(axis=1))[:50]  # the least certain first
+    for title, axes, i in zip(titles(figure), figure.axes[:50], order, strict=True):
+        assert title.endswith(f"{SHORT_NAMES[PROBS[i].argmax()]} {PROBS[i].max():.0%}")
+        assert np.array_equal(axes.images[0].get_array(), TILES[i] / 255)
 
 
 @pytest.mark.parametrize("correct", [True, False])
@@ -311,30 +321,20 @@ class ColourNet(nn.Module):
         return self.features
 
 
-@pytest.mark.parametrize("y", [0, 20])
-@pytest.mark.parametrize("x", [0, 20])
-def test_grad_cam_finds_planted_evidence(y: int, x: int) -> None:
-    image = np.full((1, 28, 28, 3), 128, dtype=np.uint8)
-    spots = [np.s_[y : y + 8, x : x + 8], np.s_[20 - y : 28 - y, 20 - x : 28 - x]]
+def test_grad_cam_is_the_papers_formula_and_finds_planted_evidence() -> None:
+    model, images, spots = ColourNet(), TILES[:2] // 8 + 112, [np.s_[20:, :8], np.s_[:8, 20:]]
     for colour, spot in enumerate(spots):
-        image[0][spot] = 255 * np.eye(3)[colour]
-    for colour, spot in enumerate(spots):
-        (heat,) = Evaluation.grad_cam(ColourNet(), image, np.array([colour]))
-        assert heat.max() == 1 and heat[spot].sum() > 0.8 * heat.sum()
-
-
-def test_grad_cam_is_the_papers_formula() -> None:
-    model, images = ColourNet(), TILES[:2]
+        images[:, *spot] = 255 * np.eye(3)[colour]
     activation = model.features(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
-    # logit = head of the mean over 49 positions of relu(activation), so the gradient is
-    # head / 49 where the activation is positive.
-    weight = (activation > 0).float().mean(dim=(2, 3)) / 49 * model.head.weight[[2, 0]]
+    # The logit's gradient is head / 49 where the activation is positive, of 49 positions.
+    weight = (activation > 0).float().mean(dim=(2, 3)) / 49 * model.head.weight[[1, 0]]
     heat = (weight[:, :, None, None] * activation).sum(1, keepdim=True).relu()
     heat = nn.functional.interpolate(heat, (28, 28), mode="bilinear")[:, 0]
     expected = (heat / heat.amax((1, 2), keepdim=True)).detach().numpy()
     for each in (model, model.requires_grad_(False)):
         with torch.no_grad():
-            heat = Evaluation.grad_cam(each, images, np.array([2, 0]))
+            heat = Evaluation.grad_cam(each, images, np.array([1, 0]))
         assert heat == pytest.approx(expected, abs=1e-6)
+    assert all(h[s].sum() > 0.8 * h.sum() for h, s in zip(heat, spots[::-1], strict=True))
     assert all(weights.grad is None for weights in model.parameters())
     assert not Evaluation.grad_cam(model, np.zeros_like(images)).any()  # no evidence

@@ -3,11 +3,11 @@
 Kills at many more moments: python tests/kill_runs.py --kills 30
 """
 
-import errno
 import io
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,18 +18,20 @@ import pytest
 import torch
 from conftest import TRAINING, different_checkpoints, only_line
 
+import PathMNIST
 import Runs
+import Training
+from Common import Stopped
 from MyModels import MODELS
 
+Patch = pytest.MonkeyPatch
 
-class Evil:
-    """Makes a file when it is unpickled."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+class Evil(str):
+    """Makes a folder of this name when it is unpickled."""
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
+        return os.mkdir, (str(self),)
 
 
 def saved(value: object, **options: object) -> bytes:
@@ -51,12 +53,6 @@ def smaller(real: bytes) -> bytes:
     return changed(real, model=weights, averaged=weights)
 
 
-def flipped(real: bytes) -> bytes:
-    """Return a checkpoint with a wrong byte among the weights."""
-    middle = len(real) // 2
-    return real[:middle] + bytes([real[middle] ^ 255]) + real[middle + 1 :]
-
-
 OLD = {"_use_new_zipfile_serialization": False}
 HOSTILE = {  # name: content, from the real file's content and the marker's path
     "a pickle": lambda real, marker: pickle.dumps(Evil(marker)),
@@ -65,7 +61,7 @@ HOSTILE = {  # name: content, from the real file's content and the marker's path
     "a whole model": lambda real, _: saved(MODELS["skipcnn"]()),
     "nothing": lambda real, _: b"",
     "half": lambda real, _: real[: len(real) // 2],
-    "a wrong byte": lambda real, _: flipped(real),
+    "a wrong byte": lambda real, _: real[: (n := len(real) // 2)] + b"?!?" + real[n + 3 :],
     "text": lambda real, _: b"epoch,loss\n1,0.5\n",
     "other weights": lambda real, _: saved({"weight": torch.zeros(3)}),
     "wrong types": lambda real, _: saved({"model": 1, "config": 2, "identity": 3}),
@@ -96,56 +92,52 @@ def test_hostile_checkpoints(
     marker, metrics = tmp_path / "marker", (run_dir / "metrics.json").read_bytes()
     content = (HOSTILE | BEST | LAST)[kind](path.read_bytes(), marker)
     path.write_bytes(content)
-    if mode == "predict":
-        status, _, err = predict_cli(run_dir, "--run", run_dir, "--out", tmp_path / "out")
-    else:
-        status, _, err = cli(f"--{mode}", run_dir)
-    line = only_line(err)
-    assert status == 2 and f"{path}: " in line and line.endswith("train anew")
+    predict = [run_dir, "--run", run_dir, "--out", tmp_path / "out"]
+    status, _, err = predict_cli(*predict) if mode == "predict" else cli(f"--{mode}", run_dir)
+    assert status == 2 and f"{path}: " in only_line(err) and err.endswith("train anew\n")
     assert not marker.exists() and not (tmp_path / "out").exists()
     assert path.read_bytes() == content and (run_dir / "metrics.json").read_bytes() == metrics
 
 
 @pytest.mark.parametrize(("name", "mode"), [("best.pt", "--evaluate"), ("last.pt", "--resume")])
-def test_missing_checkpoints_are_named(cli: Callable, run_dir: Path, name: str, mode: str) -> None:
-    for make in (lambda: None, (run_dir / name).mkdir):  # a folder in its place is none either
-        (run_dir / name).unlink(missing_ok=True)
-        make()
-        status, _, err = cli(mode, run_dir)
-        assert status == 2 and name in only_line(err)
+def test_a_folder_is_no_checkpoint(cli: Callable, run_dir: Path, name: str, mode: str) -> None:
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    status, _, err = cli(mode, run_dir)
+    assert status == 2 and name in only_line(err)
 
 
 def test_two_kills(capsys: pytest.CaptureFixture) -> None:
-    assert kill_runs.main(["--kills", "2", "--seed", "1"]) == 0, capsys.readouterr().out
-    table = capsys.readouterr().out
-    assert all(f"| {fault} | 1 | 0 | 0 |" in table for fault in kill_runs.FAULTS[:2]), table
+    status, table = kill_runs.main(["--kills", "2", "--seed", "1"]), capsys.readouterr().out
+    assert status == 0 and table.count(" | 1 | 0 | 0 |") >= 2, table
 
 
 def test_a_second_process_may_not_resume_the_same_run(cli: Callable, run_dir: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.suffix}
+    before = [path.stat().st_mtime_ns for path in sorted(run_dir.glob("*.*")) if path.suffix]
     with Runs.locked(run_dir):  # as the first process holds it
         status, _, err = cli("--resume", run_dir)
     assert status == 2 and "another process" in only_line(err)
-    assert before == {p: p.stat().st_mtime_ns for p in run_dir.iterdir() if p.suffix}
+    assert before == [p.stat().st_mtime_ns for p in sorted(run_dir.glob("*.*")) if p.suffix]
 
 
-def test_what_a_killed_process_left_is_cleared(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [(Runs, "locked"), (PathMNIST, "write_json"), (Training, "fit")])
+def test_a_run_killed_at_once_can_be_begun_again_or_resumed(
+    cli: Callable, no_figures: None, tiny: Path, run_dir: Path, monkeypatch: Patch, step: tuple
 ) -> None:
-    def flock(*_args: object) -> None:
-        raise OSError(errno.ENOSYS, "not implemented")  # a file system without locks
+    new = run_dir.with_name("new")
+    argv = ["--data", tiny, *TRAINING, "--log-dir", new.parent, "--name", "new"]
+    monkeypatch.setattr(Runs.fcntl, "flock", lambda *_args: os.rmdir("/no/locks/here"))
 
-    monkeypatch.setattr(Runs.fcntl, "flock", flock)
-    (run_dir / ".best.pt.1234.tmp").touch()
-    with Runs.locked(run_dir):
-        assert not list(run_dir.glob(".*.tmp")) and (run_dir / "best.pt").exists()
+    def stop(*_args: object) -> None:
+        (new / ".config.json.7.tmp").touch()  # as SIGKILL leaves it
+        raise Stopped(signal.SIGTERM)
 
-
-def test_two_processes_make_the_same_weights(
-    cli: Callable, no_figures: None, trained: SimpleNamespace, tiny: Path, tmp_path: Path
-) -> None:
-    assert cli("--data", tiny, *TRAINING, "--log-dir", tmp_path, "--name", "again")[0] == 0
-    assert different_checkpoints(tmp_path / "again", trained.run_dir) == []
+    with Patch.context() as patch:
+        patch.setattr(*step, stop)
+        status, _, err = cli(*argv)
+    assert status == 143 and ("--resume" in err) == (step[1] == "fit")
+    assert cli(*(["--resume", new] if "--resume" in err else argv))[0] == 0
+    assert different_checkpoints(new, run_dir) == [] and not list(new.glob(".*.tmp"))
 
 
 @pytest.fixture
@@ -162,8 +154,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         return folder
 
     yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=os.path.ismount(folder), capture_output=True)
 
 
 def test_a_checkpoint_that_does_not_fit(
@@ -171,16 +162,13 @@ def test_a_checkpoint_that_does_not_fit(
 ) -> None:
     # Weights are 1: the first last.pt takes 2, the first best.pt 1, and the next last.pt 3 or 4.
     weights = (trained.run_dir / "best.pt").stat().st_size
-    disk = small_disk(int(4.6 * weights))
-    run_dir = disk / "run"
-    status, _, err = cli("--data", tiny, *TRAINING, "--log-dir", disk, "--name", "run")
-    line = only_line(err)
-    assert status == 2 and str(run_dir / "last.pt") in line and "No space left" in line
-    assert kill_runs.checkpoint_epoch(run_dir) == 0
-    assert not list(run_dir.glob(".*.tmp"))
+    run_dir = small_disk(int(4.6 * weights)) / "run"
+    argv = ["--data", tiny, *TRAINING, "--log-dir", run_dir.parent, "--name", "run"]
+    status, _, err = cli(*argv)
+    assert status == 2 and f"{run_dir / 'last.pt'}: " in only_line(err) and "No space left" in err
+    assert kill_runs.checkpoint_epoch(run_dir) == 0 and not list(run_dir.glob(".*.tmp"))
     small_disk(100 * weights)
-    status, _, err = cli("--resume", run_dir)
-    assert (status, err) == (0, "")
+    assert cli("--resume", run_dir)[::2] == (0, "")
     assert different_checkpoints(run_dir, trained.run_dir) == []
 
 
@@ -204,4 +192,3 @@ def test_a_disk_that_is_full_at_the_end(cli: Callable, run_dir: Path, small_disk
     status, _, err = cli("--evaluate", copy)
     assert status == 2 and "No space left" in only_line(err)
     assert (copy / "metrics.json").read_bytes() == metrics
-    assert kill_runs.checkpoint_epoch(copy) == 3

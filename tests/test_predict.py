@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, make_arrays, only_line
+from matplotlib import colormaps
 from PIL import Image
 
+import Figures
 import Predict
 from analyze_data import PathData
 from Common import CLASS_NAMES, SHORT_NAMES, UserError
@@ -45,18 +47,23 @@ def read_csv(folder: Path) -> tuple[list[dict], np.ndarray]:
     return rows, np.array([[float(row[name]) for name in SHORT_NAMES] for row in rows])
 
 
-def test_find_tiles(tmp_path: Path) -> None:
-    single, folder = save(tmp_path / "single.png"), tmp_path / "folder"
-    for name in ("b.png", "a.tif", ".hidden", ".git/index.png", "deep/er/c.jpg", "other.txt"):
+def test_find_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single, folder, empty = (tmp_path / name for name in ("single.png", "folder", "empty"))
+    names = ["b.png", "a.tif", ".hidden", ".git/index.png", "deep/c.jpg", "deep/er/d.jpg"]
+    for name in (*names, "other.txt", "out/0000-b.png", "../elsewhere/e.png", "../single.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    found = [path.name for path in Predict.find_tiles([single, folder])]
-    assert found == ["single.png", "a.tif", "b.png", "c.jpg", "other.txt"]
-    (tmp_path / "empty").mkdir()
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    for name, said in (("nowhere", "no such"), ("pipe", "no such"), ("empty", "no files")):
-        with pytest.raises(UserError, match=f"{name}: {said}"):
-            Predict.find_tiles([tmp_path / name])
+    (folder / "also-deep").symlink_to("deep")  # shown once, as is what lies behind a loop of links
+    (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    found = [path.name for path in Predict.find_tiles([single, folder], folder / "out")]
+    assert found == ["single.png", "a.tif", "b.png", "other.txt", "c.jpg", "d.jpg", "e.png"]
+    empty.mkdir()
+    scans = [os.scandir(empty), os.scandir(folder), PermissionError(13, "denied", "deep")]
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=scans))  # root may enter any folder
+    for path, said in ((empty, "no files"), (folder, "deep: denied"), (tmp_path, "--out .*choose")):
+        with pytest.raises(UserError, match=said):
+            Predict.find_tiles([path], tmp_path)
 
 
 LOSSY = {"RGB.jpg": 6, "CMYK.jpg": 20, "CMYK.tif": 2}  # mean difference that is allowed
@@ -90,15 +97,34 @@ def test_the_datas_own_tiles_get_the_evaluations_probabilities(
     tiles, out_dir = tmp_path / "tiles", tmp_path / "new" / "out"
     paths = [save(tiles / f"{i:03d}.png", image) for i, image in enumerate(data.images["test"])]
     status, out, err = predict_cli(tiles, "--run", run_dir, "--out", out_dir)
-    assert (status, err) == (0, "")
     rows, probs = read_csv(out_dir)
     expected, _ = predict(load_model(run_dir, "cpu")[0], make_loader(data, "test", 500), views=8)
-    assert np.abs(probs - expected).max() < 1e-5
+    assert probs == pytest.approx(expected, abs=1e-5)
     assert [row["file"] for row in rows] == [str(path) for path in paths]
     assert [row["class"] for row in rows] == [SHORT_NAMES[p.argmax()] for p in expected]
-    best = expected[0].argmax()
-    assert f"{CLASS_NAMES[best]:36}  {expected[0][best]:.3f}" in out.splitlines()[1]
-    assert str(out_dir / "predictions.csv") in out
+    first = f"{CLASS_NAMES[expected[0].argmax()]:36}  {expected[0].max():.3f}"
+    assert first in out.splitlines()[1] and str(out_dir / "predictions.csv") in out
+    assert (status, err) == (0, "") and Image.open(out_dir / "predictions.png").width == 7 * 150
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_the_picture_shows_the_fifty_least_certain_tiles(explain: bool) -> None:
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (60, 28, 28, 3), dtype=np.uint8)
+    probs = rng.dirichlet(np.ones(9), 60)
+    heat = rng.random((60, 28, 28)) if explain else None
+    figure = Figures.predictions_figure(tiles, probs, heat)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    for axes, index in zip(shown, np.argsort(probs.max(axis=1))[:50], strict=True):
+        best = probs[index].argmax()
+        assert (
+            axes.get_title("left") == f"{index:04d}\n{SHORT_NAMES[best]} {probs[index, best]:.0%}"
+        )
+        image = axes.images[0].get_array()
+        np.testing.assert_allclose(image[:, :28], tiles[index] / 255)
+        if explain:
+            heated = image[:, -28:] - tiles[index].mean(axis=2, keepdims=True) / 510
+            np.testing.assert_allclose(2 * heated, colormaps["viridis"](heat[index])[..., :3])
 
 
 def test_what_is_not_an_image_is_named_skipped_and_counted(
@@ -106,36 +132,47 @@ def test_what_is_not_an_image_is_named_skipped_and_counted(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns, and refuses twice as many
     tiles, out_dir = tmp_path / "tiles", tmp_path / "out"
-    cut = save(tiles / "a.png").read_bytes()[:200]
+    arrays = {"a.png": picture(), "c.png": picture(50, 50), "d.png": picture(100, 100)}
+    arrays |= {"f.png": np.full((28, 28), 200, "u2"), "g.tif": np.full((28, 28), np.nan, "f4")}
+    for name, array in (arrays | {"h.tif": picture(30, 60)}).items():
+        save(tiles / name, array)
     (tiles / "b.txt").write_text("no image")
-    save(tiles / "c.png", picture(50, 50))
-    save(tiles / "d.png", picture(100, 100))
-    (tiles / "e.png").write_bytes(cut)
-    save(tiles / "f.png", np.full((28, 28), 200, np.uint16))
-    save(tiles / "g.tif", np.full((28, 28), np.nan, np.float32))
-    save(tiles / "h.tif", picture(30, 60))
+    (tiles / "e.png").write_bytes((tiles / "a.png").read_bytes()[:200])
+    pages = [Image.fromarray(picture() // k) for k in (1, 2, 3)]
+    for name in ("i.tif", "j.gif"):
+        pages[0].save(tiles / name, save_all=True, append_images=pages[1:])
+    (tiles / "k.png").symlink_to("/dev/null")  # or a pipe: reading that would wait for ever
     status, _, err = predict_cli(tiles, "--run", run_dir, "--out", out_dir)
     *skipped, last = err.strip().splitlines()
-    reasons = ("identify", "limit", "limit", "truncated", "8 bits", "8 bits")
-    for line, name, reason in zip(skipped, "bcdefg", reasons, strict=True):
+    reasons = ["identify", "limit", "limit", "truncated", "8 bits", "8 bits", "3 pages", "3 pages"]
+    for line, name, reason in zip(skipped, "bcdefgijk", [*reasons, "regular file"], strict=True):
         assert line.startswith(f"skipped {tiles / name}.") and reason in line
-    assert status == 2 and last.startswith("error: 6 of 8 files")
+    assert status == 2 and last.startswith("error: 9 of 11 files")
     assert [Path(row["file"]).name for row in read_csv(out_dir)[0]] == ["a.png", "h.tif"]
-    status, _, err = predict_cli(tiles / "b.txt", "--run", run_dir, "--out", out_dir)
-    assert status == 2 and "b.txt: not a readable image" in err.splitlines()[-1]
+    status, _, err = predict_cli(tiles / "nowhere.png", "--run", run_dir, "--out", out_dir)
+    skipped, last = err.splitlines()
+    assert status == 2 and "No such file" in skipped and "nowhere.png: not a readable" in last
 
 
-def test_explain_draws_every_tile(predict_cli: Callable, run_dir: Path, tmp_path: Path) -> None:
-    names = ("a/x.png", "b/x.png", "y" * 250 + ".png", os.fsdecode(b"\xff\xe9.png"))
-    paths, out_dir = [save(tmp_path / name) for name in names], tmp_path / "out"
-    status, out, err = predict_cli(*paths, "--explain", "--run", run_dir, "--out", out_dir)
-    assert (status, err) == (0, "") and str(out_dir / "0000-*.png") in out
-    pictures = sorted(out_dir.glob("*.png"))
-    expected = ["0000-x", "0001-x", "0002-" + "y" * 50, "0003-" + os.fsdecode(b"\xff\xe9")]
-    assert [path.stem for path in pictures] == expected
-    with Image.open(pictures[2]) as image:
-        assert min(image.size) > 200
-    assert read_csv(out_dir)[0][3]["file"] == rf"{tmp_path}/\udcff\udce9.png"
+def test_explain_draws_every_tile_and_runs_in_their_folder(
+    predict_cli: Callable, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiles").mkdir()
+    monkeypatch.chdir(tmp_path / "tiles")
+    names, out_dir = ["y" * 250, os.fsdecode(b"\xff\xe9"), "a/x", "b/x"], Path("predictions")
+    for name in names:
+        save(Path(f"{name}.png"))
+    for _ in range(2):  # the second time, results lie there
+        status, out, err = predict_cli(".", "--explain", "--run", run_dir)
+        assert (status, err) == (0, "") and str(out_dir / "0000-") in out
+        pictures = sorted(path.stem for path in out_dir.glob("0*.png"))
+        assert pictures == ["0000-" + "y" * 50, f"0001-{names[1]}", "0002-x", "0003-x"]
+        assert read_csv(out_dir)[0][1]["file"] == r"\udcff\udce9.png"
+    assert predict_cli("a", "--run", run_dir)[0] == 0 and list(out_dir.glob("0*.png")) == []
+    tile = save(Path("0000-tile.png"))
+    shutil.copy(out_dir / "predictions.csv", ".")  # results from before this was refused:
+    status, _, err = predict_cli(".", "--run", run_dir, "--out", ".")
+    assert status == 2 and "--out" in only_line(err) and tile.exists()
 
 
 def test_a_run_of_several_seeds_answers_as_their_ensemble(
@@ -160,8 +197,7 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
         assert status == 0 and ("ensemble of 2" in out) == (run == runs)
         answers += list(read_csv(out_dir)[1])
     first, other, both = answers
-    assert first.argmax() != other.argmax()
-    assert both == pytest.approx((first + other) / 2, abs=1e-5)
+    assert both == pytest.approx((first + other) / 2, abs=1e-5) and first.argmax() != other.argmax()
     assert Predict.grad_cam.call_args.args[2] == both.argmax()
 
 
@@ -169,22 +205,23 @@ def test_the_models_own_size(predict_cli: Callable, run_dir: Path, tmp_path: Pat
     checkpoint = torch.load(run_dir / "best.pt")
     checkpoint["identity"] |= {"size": 64, "kind": "synthetic"}
     torch.save(checkpoint, run_dir / "best.pt")
-    image = make_arrays({"test": 1}, size=64)["test_images"][4]
-    tile = save(tmp_path / "tile.png", image)
-    status, _, err = predict_cli(tile, "--run", run_dir, "--out", tmp_path)
+    save(tmp_path / "tile.png", image := make_arrays({"test": 1}, size=64)["test_images"][4])
+    status, _, err = predict_cli(tmp_path / "tile.png", "--run", run_dir, "--out", tmp_path)
     assert status == 0 and "SYNTHETIC" in err
     batch = [(torch.from_numpy(image[None]), torch.zeros(1))]
     expected, _ = predict(load_model(run_dir, "cpu")[0], batch, views=8)
     assert read_csv(tmp_path)[1] == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_is_missing(predict_cli: Callable, run_dir: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_before_anything_is_computed(
+    predict_cli: Callable, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predict, "predict", None)
     tile, run = save(tmp_path / "tile.png"), ["--run", run_dir]
     for argv, said in (
-        ([], "PATH"),
         ([tile, "--run", tmp_path], f"{tmp_path / 'best.pt'}: "),
-        ([tmp_path / "nowhere.png", *run], "nowhere.png: no such file"),
         ([tile, "--out", tile, *run], str(tile)),
+        ([tile, "--out", "/proc", *run], "/proc/"),  # nobody can write there
     ):
         status, _, err = predict_cli(*argv)
         assert status == 2 and said in only_line(err)
