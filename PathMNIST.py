@@ -60,7 +60,7 @@ def number(kind: type, low: float, high: float):
 
 def run_name(text: str) -> str:
     """Argparse type: a plain folder name, short enough for the files that are named after it."""
-    if not re.fullmatch(r"(?a)\w[\w.+-]{0,99}", text):
+    if not re.fullmatch(r"(?a)[a-zA-Z0-9][\w.+-]{0,99}", text):
         what = "at most 100 letters, digits and ._+-, a letter or digit first"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return text
@@ -77,15 +77,21 @@ def build_parser() -> Parser:
     modes = others.add_mutually_exclusive_group()
     count, seed, share = number(int, 1, 100_000), number(int, 0, 2**31 - 1), number(float, 0, 1e6)
     batch, rate = number(int, 2, 65_536), number(float, 1e-12, 1e12)
-    limits = f"of {Training.STEPS:,} steps, {Training.MIN_EPOCHS} to {Training.MAX_EPOCHS}"
+    limits = f"{Training.STEPS:,} steps, {Training.MIN_EPOCHS} to {Training.MAX_EPOCHS}"
     data = "npz file, or folder with pathmnist.npz (default: found or downloaded; else the run's)"
     stop = "stop after so many epochs without a val loss near the lowest (default: a third, >= 5)"
     for group, flag, kind, metavar, text in (
         (where, "--data", str, "PATH", data),
         (where, "--log-dir", as_path, "DIR", "folder of all runs (default: runs)"),
         (where, "--name", run_name, "NAME", "the run's folder there (default: model, seed, time)"),
-        (training, "--epochs", count, "N", f"default: those {limits}"),
-        (training, "--batch-size", batch, "N", f"images per step (default: {default.batch_size})"),
+        (training, "--epochs", count, "N", f"default: as many as make {limits}"),
+        (
+            training,
+            "--batch-size",
+            batch,
+            "N",
+            f"per step and process (default: {default.batch_size})",
+        ),
         (training, "--lr", rate, "X", f"peak learning rate (default: {default.lr})"),
         (training, "--weight-decay", share, "X", f"default: {default.weight_decay}; not of biases"),
         (training, "--patience", count, "N", stop),
