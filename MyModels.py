@@ -69,8 +69,7 @@ class SkipCNN(nn.Module):
         self,
         mean: Sequence[float] = HALF,
         std: Sequence[float] = HALF,
-        widths: Sequence[int] = (24, 48, 64, 96, 128),
-        dropout: float = 0.2,
+        widths: Sequence[int] = (16, 32, 48, 96, 128),
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
@@ -93,7 +92,6 @@ class SkipCNN(nn.Module):
             nn.Flatten(),
             nn.Linear(widths[4], 128),
             nn.ReLU(),
-            nn.Dropout(dropout),
             nn.Linear(128, NUM_CLASSES),
         )
         self.register_buffer("temperature", torch.ones(()))  # see `Training.calibrate`

@@ -77,14 +77,14 @@ def build_parser() -> Parser:
     modes = others.add_mutually_exclusive_group()
     count, seed, share = number(int, 1, 100_000), number(int, 0, 2**31 - 1), number(float, 0, 1e6)
     batch, rate = number(int, 2, 65_536), number(float, 1e-12, 1e12)
-    limits = f"{Training.STEPS:,} steps, {Training.MIN_EPOCHS} to {Training.MAX_EPOCHS}"
+    epochs = "default: by the number of images; all of them: 15 on a CPU, 60 on a GPU"
     data = "npz file, or folder with pathmnist.npz (default: found or downloaded; else the run's)"
     stop = "stop after so many epochs without a val loss near the lowest (default: a third, >= 5)"
     for group, flag, kind, metavar, text in (
         (where, "--data", str, "PATH", data),
         (where, "--log-dir", as_path, "DIR", "folder of all runs (default: runs)"),
         (where, "--name", run_name, "NAME", "the run's folder there (default: model, seed, time)"),
-        (training, "--epochs", count, "N", f"default: as many as make {limits}"),
+        (training, "--epochs", count, "N", epochs),
         (
             training,
             "--batch-size",

@@ -40,8 +40,8 @@ class Config:
 
     model: str = "skipcnn"
     epochs: int | None = None
-    batch_size: int = 64
-    lr: float = 5e-3
+    batch_size: int = 128
+    lr: float = 7e-3
     weight_decay: float = 0.05
     patience: int | None = None
     seed: int = 0
@@ -49,7 +49,6 @@ class Config:
     precision: str = "auto"
     label_smoothing: float = 0.1
     warmup: float = 0.2  # share of the steps in which the learning rate rises
-    ema: float = 0.04  # horizon of the weights' moving average, as a share of the steps; 0: off
     flips: bool = True  # flips, quarter turns and shifts
     stain: float = 0.25  # half width of the stains' gain, see `stain_jitter`; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off

@@ -8,23 +8,22 @@ import csv
 import importlib
 import json
 import re
-import shutil
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import Evaluation
+import Runs
+import Training
 from Common import CLASS_NAMES, SHORT_NAMES
-from MyModels import SkipCNN, count_parameters, layer_markdown
+from MyModels import SkipCNN, count_parameters, layer_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEST = ROOT / "runs" / "best"
-BENCHMARKS = ROOT / "tests" / "benchmarks"
-SAMPLE = ROOT.parent / "shared" / "data" / "pathmnist_sample.npz"
+TILES = ROOT.parent / "shared" / "data" / "pathmnist"
 SPLITS = ("val", "val_tta", "test", "test_tta")
 DOCUMENTS = ["report.md", "README.md", "docs/experiments.md"]
 
@@ -37,11 +36,6 @@ def report() -> str:
 @pytest.fixture(scope="module")
 def metrics() -> dict:
     return json.loads((BEST / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def rows() -> dict:
-    return json.loads((BENCHMARKS / "accuracy.json").read_text())["rows"]
 
 
 def rows_missing(table: str, text: str) -> list[str]:
@@ -83,39 +77,16 @@ def test_per_class_table_is_that_of_the_committed_run(report: str, metrics: dict
         assert rows_missing(f"| {short} | {name} | {' | '.join(cells)} |", report) == []
 
 
-def test_layer_table_and_parameter_count_are_the_models(report: str, metrics: dict) -> None:
+def test_stage_table_and_parameter_count_are_the_models(report: str, metrics: dict) -> None:
     model = SkipCNN()
-    assert rows_missing(layer_markdown(model, 28), report) == []
-    assert metrics["model"]["parameters"] == count_parameters(model)
-
-
-@pytest.mark.parametrize("name", ["accuracy", "speed"])
-def test_benchmark_tables_are_what_the_benchmarks_wrote(
-    report: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    results = json.loads((BENCHMARKS / f"{name}.json").read_text())
-    table = importlib.import_module(name).markdown(results.get("rows", results))
-    assert len(table.splitlines()) > 10 and rows_missing(table, report) == []
-
-
-def test_the_readmes_table_is_the_benchmarks(rows: dict) -> None:
-    names = {  # as README.md's table calls them
-        "default": "this project, 5 seeds",
-        "128,809-parameter CNN, own recipe": "small CNN (Darkkavn, GitHub), own recipe, 3 seeds",
-        "MedMNIST's official ResNet-18": "MedMNIST's official ResNet-18 recipe, 1 seed",
-    }
-    table = []
-    for key, name in names.items():
-        row = rows[key]
-        cells = [name, f"{row['parameters']:,}"]
-        for runs in (row["test"]["runs"], row["test_tta"]["runs"]):
-            spread = f" (s.d. {statistics.stdev(runs):.3f})" if len(runs) > 1 else ""
-            cells.append(f"{statistics.mean(runs):.3f}{spread}")
-        ensemble = row.get("ensemble_test_tta")
-        cells.append(f"{ensemble:.3f}" if ensemble else "")
-        table.append(" | ".join(["", *cells, f"{row['seconds']['mean']:.0f} s", ""]).strip())
-    assert rows_missing("\n".join(table), (ROOT / "README.md").read_text()) == []
+    total = count_parameters(model)
+    for name, part in model.named_children():
+        shapes = [row[3] for row in layer_table(model, 28) if row[0].split(".")[0] == name]
+        row = rf"\| `{name}` \|[^|]*\| {shapes[-1]} \| {count_parameters(part):,} \|"
+        assert re.search(row, report), row
+    for text in (report, (ROOT / "README.md").read_text()):
+        assert f"{total:,} parameters" in " ".join(text.split())
+    assert metrics["model"]["parameters"] == total
 
 
 def test_the_committed_run_is_small_and_agrees_with_itself(metrics: dict) -> None:
@@ -128,24 +99,22 @@ def test_the_committed_run_is_small_and_agrees_with_itself(metrics: dict) -> Non
     assert float(best["val_accuracy"]) == pytest.approx(metrics["val"]["accuracy"], abs=0.006)
 
 
-def test_the_committed_weights_give_the_committed_predictions(
-    tmp_path: Path, metrics: dict
+def test_the_committed_weights_give_the_committed_predictions_and_these_the_metrics(
+    metrics: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not SAMPLE.exists():
-        pytest.skip("needs the real sample, ../shared/data/pathmnist_sample.npz")
-    run = shutil.copytree(BEST, tmp_path / "best")
+    if not TILES.exists():
+        pytest.skip(f"needs the official file's tiles, {TILES.relative_to(ROOT.parent)}")
+    monkeypatch.syspath_prepend(str(TILES.parent))
+    tiles = importlib.import_module("build_pathmnist").tiles
+    labels = np.load(TILES / "labels.npz")["test"].ravel().astype(int)
+    images = np.concatenate([tiles(path) for path in sorted(TILES.glob("test-*.webp"))])
     (committed,) = BEST.glob("pathmnist_test_*.csv")
-    expected = np.loadtxt(committed, delimiter=",")
-    for written in (run / committed.name, run / "metrics.json"):
-        written.unlink()  # so that what is compared is what is computed here
-    command = [sys.executable, "PathMNIST.py", "--evaluate", str(run), "--data", str(SAMPLE)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = np.loadtxt(run / committed.name, delimiter=",")
-    assert found.shape == expected.shape == (359, 1 + len(CLASS_NAMES))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    again = json.loads((run / "metrics.json").read_text())
-    for key in SPLITS:
-        error = 1.5 / sum(map(sum, metrics[key]["confusion_matrix"]))  # one image on a knife's edge
-        assert again[key]["accuracy"] == pytest.approx(metrics[key]["accuracy"], abs=error)
-        assert again[key]["auc"] == pytest.approx(metrics[key]["auc"], abs=1e-4)
+    probs = np.loadtxt(committed, delimiter=",")[:, 1:]
+    assert probs.shape == (len(labels), len(CLASS_NAMES)) == (7180, 9)
+    some = torch.from_numpy(images[: len(labels)][::10]), torch.from_numpy(labels[::10])
+    model, _ = Runs.load_model(BEST, "cpu")
+    found, _ = Training.predict(model, DataLoader(TensorDataset(*some), 100))
+    np.testing.assert_allclose(found, probs[::10], atol=1e-3)
+    for name, value in Evaluation.compute_metrics(probs, labels).items():
+        if name in ("accuracy", "auc", "ece", "loss", "macro_f1"):
+            assert value == pytest.approx(metrics["test"][name], abs=1e-4), name

@@ -65,12 +65,12 @@ def finished(data: PathData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script_val_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict]:
-    """Make validation report these losses; return the list of each epoch's averaged weights."""
+    """Make validation report these losses; return the list of each epoch's weights."""
     seen, left = [], iter(losses)
 
     def note(row: dict, state: Training.TrainingState, _bar: object) -> None:
         assert torch.load(state.run_dir / "last.pt")["epoch"] == row["epoch"]  # told once saved
-        seen.append(copy.deepcopy(dict(state.averaged.state_dict())))
+        seen.append(copy.deepcopy(dict(state.model.state_dict())))
 
     def scripted(*predictions: np.ndarray) -> dict:
         return validation_metrics(*predictions) | {"loss": next(left), "loss_se": 0.0}
@@ -182,23 +182,6 @@ def test_learning_rate_schedule() -> None:
         assert Training.learning_rate(step, 20, config) == pytest.approx(value, abs=1e-12), step
 
 
-def test_moving_average_equals_a_loop_by_hand() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    averaged, update = Training.make_average(model, 0.1)  # horizon: 5 of 50 steps
-    by_hand = {k: v.double().clone() for k, v in model.state_dict().items()}
-    for step in range(50):
-        model(torch.randn(4, 3))  # moves the BatchNorm statistics
-        nn.init.normal_(model[0].weight)
-        update(step, 50)
-        decay = min(0.8, (1 + step) / (10 + step))
-        for key, value in model.state_dict().items():
-            by_hand[key] = decay * by_hand[key] + (1 - decay) * value.double()
-    for key in ("0.weight", "1.running_mean", "1.running_var"):
-        assert torch.allclose(averaged.state_dict()[key].double(), by_hand[key], atol=1e-5), key
-    assert not averaged.training and Training.make_average(model, 0.0)[0] is model
-
-
 def test_early_stopping_and_the_best_epoch(
     data: PathData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,12 +218,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
 
 def test_default_options(monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = [resolve(Config(device="cpu"), n) for n in (9, 800, 90_000)]
-    assert [(c.epochs, c.patience) for c in resolved] == [(200, 67), (123, 41), (8, 5)]
+    assert [(c.epochs, c.patience) for c in resolved] == [(200, 67), (159, 53), (15, 5)]
     assert resolve(CONFIG, 90_000) == CONFIG  # what is given stays
     for gpu, fast in ((True, True), (False, True), (False, False)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         monkeypatch.setattr(Training, "has_fast_bf16", lambda _device, fast=fast: fast)
-        config = resolve(Config(), 800)
+        config = resolve(Config(), 90_000)
+        assert config.epochs == (60 if gpu else 15)
         assert config.device == ("cuda" if gpu else "cpu")
         assert config.precision == ("bf16" if fast else "fp32")
     with pytest.raises(UserError, match="--device cuda"):

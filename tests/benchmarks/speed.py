@@ -89,7 +89,7 @@ def first_batch(data: PathData, batch_size: int, device: str) -> tuple[Tensor, T
 
 
 def our_step(data: PathData, config: Config) -> Callable[[], None]:
-    """Return one step of the default: augmentation, both passes, optimisers, moving average."""
+    """Return one step of the default: augmentation, both passes, optimisers."""
     state = Training.TrainingState(SkipCNN(), config, HERE)
     images, labels = first_batch(data, config.batch_size, config.device)
     generator = torch.Generator(config.device).manual_seed(0)
@@ -155,7 +155,7 @@ def epoch_speed(data: PathData, config: Config, folder: Path) -> dict[str, float
     start = time.perf_counter()
     Training.train_one_epoch(state.model, state, train, 0, tqdm(disable=True))
     middle = time.perf_counter()
-    Training.predict(state.averaged, val)
+    Training.predict(state.model, val)
     return {"epoch, training": middle - start, "epoch, validation": time.perf_counter() - middle}
 
 
