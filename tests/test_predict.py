@@ -184,7 +184,7 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
     settings = json.loads((run_dir / "config.json").read_text()) | {"seeds": [0, 1]}
     (runs / "config.json").write_text(json.dumps(settings))
     checkpoint = torch.load(runs / "seed1" / "best.pt")
-    checkpoint["model"]["head.4.weight"].neg_()  # the opposite answers
+    checkpoint["model"]["head.3.weight"].neg_()  # the opposite answers
     torch.save(checkpoint, runs / "seed1" / "best.pt")
     argv = [save(tmp_path / "tile.png"), "--explain", "--out", out_dir, "--run"]
     status, _, err = predict_cli(*argv, runs)

@@ -42,7 +42,7 @@ def test_it_is_neither_easy_nor_hopeless(sample: PathData, tmp_path: Path) -> No
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     linear.fit(means["train"], sample.labels["train"])
     assert 0.30 < linear.score(means["test"], sample.labels["test"]) < 0.65  # by mean colour
-    config = resolve(Config(epochs=8, device="cpu"), sample.counts["train"])
+    config = resolve(Config(epochs=8, batch_size=64, device="cpu"), sample.counts["train"])
     torch.manual_seed(0)
     model = SkipCNN(*(values.tolist() for values in channel_stats(sample.images["train"])))
     train = make_loader(sample, "train", config.batch_size, shuffle=True)
