@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
 
 def test_default_options(monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = [resolve(Config(device="cpu"), n) for n in (9, 800, 90_000)]
-    assert [(c.epochs, c.patience) for c in resolved] == [(200, 67), (159, 53), (15, 5)]
+    assert [(c.epochs, c.patience) for c in resolved] == [(300, 100), (255, 85), (15, 5)]
     assert resolve(CONFIG, 90_000) == CONFIG  # what is given stays
     for gpu, fast in ((True, True), (False, True), (False, False)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
