@@ -266,10 +266,10 @@ def curve_figure(points: dict[float, dict], xlabel: str, title: str, lines: dict
         style = {"label": label, "color": colour, "marker": "o", "capsize": 3}
         axes.errorbar([aside * x for x in points], means, spread, **style)
     axes.set_xscale("log")
-    axes.set_xticks(list(points), [f"{x:,.3g}" if x < 100 else f"{x:,.0f}" for x in points])
+    axes.set_xticks(list(points), [f"{x:,.0f}" if x > 10 else f"{x:.1f}" for x in points])
     axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="accuracy", title=title)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     return figure
 
 
