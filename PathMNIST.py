@@ -77,7 +77,8 @@ def build_parser() -> Parser:
     modes = others.add_mutually_exclusive_group()
     count, seed, share = number(int, 1, 100_000), number(int, 0, 2**31 - 1), number(float, 0, 1e6)
     batch, rate = number(int, 2, 65_536), number(float, 1e-12, 1e12)
-    epochs = "default: by the number of images; all of them: 15 on a CPU, 60 on a GPU"
+    epochs = "default: by the number of images; all of them: {cpu} on a CPU, {cuda} on a GPU"
+    epochs = epochs.format(**Training.EPOCHS)
     data = "npz file, or folder with pathmnist.npz (default: found or downloaded; else the run's)"
     stop = "stop after so many epochs without a val loss near the lowest (default: a third, >= 5)"
     for group, flag, kind, metavar, text in (
