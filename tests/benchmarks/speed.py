@@ -96,7 +96,6 @@ def our_step(data: PathData, config: Config) -> Callable[[], None]:
 
     def step() -> None:
         Training.train_step(state.model, state.optimizers, images, labels, generator, config)
-        state.update_average(10, 1000)
 
     return step
 
