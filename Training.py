@@ -372,8 +372,8 @@ def train_one_epoch(
 
 
 def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> torch.Generator:
-    """Make order, dropout and augmentation functions of (seed, epoch) alone. That is what makes a
-    resumed run equal, bit for bit, one that was never interrupted."""
+    """Make order and augmentation functions of (seed, epoch) alone, and what a model draws. That is
+    what makes a resumed run equal, bit for bit, one that was never interrupted."""
     rank, processes = world()
     number = config.seed * SEED_STEP + epoch
     loader.sampler.set_epoch(number)
