@@ -23,16 +23,21 @@ def test_accuracy_measures_each_run_once_and_draws_it(
     found = []
     for _ in range(2):  # the second time everything is there
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        times = sorted(path.stat().st_mtime_ns for path in tmp_path.glob("work/*/scores.json"))
-        rows = json.loads(out.read_text())["rows"]
-        found.append((printed[printed.index("| recipe") :], times, rows))
-    assert found[0] == found[1] and len(found[0][1]) == 3 and rows.keys() == set(names)
-    row = rows["epochs: 1"]
-    assert row["epochs"] == 1 and row["seeds"] == [0, 1]
-    assert row["test"]["mean"] == pytest.approx(sum(row["test"]["runs"]) / 2)
-    assert 0 <= row["ensemble_test_tta"] <= 1
+        found.append(
+            (printed[printed.index("| recipe") :], out.read_text(), out.stat().st_mtime_ns)
+        )
+    results = json.loads(out.read_text())
+    seeds = [(run["name"], run["seed"]) for run in results["runs"]]
+    assert found[0] == found[1] and seeds == [(names[1], 0), (names[0], 0), (names[0], 1)]
+    assert list(results["ensembles"]) == names[:1]
+    assert 0 <= results["ensembles"][names[0]]["test_tta"] <= 1
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    drawn = importlib.import_module("accuracy").figures({"default": row, "epochs: 1": row}, 72)
+    accuracy = importlib.import_module("accuracy")
+    row = accuracy.summarise(results["runs"])["epochs: 1"]
+    of_both = [run["test"] for run in results["runs"] if run["name"] == "epochs: 1"]
+    assert row["epochs"] == 1 and row["test"]["seeds"] == 2
+    assert row["test"]["mean"] == pytest.approx(sum(of_both) / 2)
+    drawn = accuracy.figures({"default": row, "epochs: 1": row}, 72)
     assert list(drawn) == ["accuracy_minutes", "accuracy_images"]
 
 

@@ -4,10 +4,10 @@
     python tests/benchmarks/accuracy.py --data data/pathmnist.npz --rows default --seeds 0 1
 
 Every row is trained here, on the same images, by one thread, two runs at a time. On the official
-file all of it takes a day of two cores, so it may be done in parts: each run has a folder in
---work, where a finished one is not trained again and an interrupted one goes on. Empty that
-folder when the recipe has changed. Prints a Markdown table; writes accuracy.json, which report.md
-quotes, and two figures next to this file.
+file all of it takes a day of two cores, so it may be done in parts, on several machines: a run that
+accuracy.json has is not trained again, and an interrupted one goes on in its folder in --work.
+Delete both when the recipe has changed. Prints a Markdown table; writes accuracy.json, which
+report.md quotes, and two figures next to it.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def train_ours(data: PathData, seed: int, folder: Path, skip: bool = True, **opt
     train = make_loader(data, "train", config.batch_size, shuffle=True)
     state = Training.TrainingState(model, config, folder)
     history = Training.fit(state, train, eval_loader(data, "val"))
-    about = {"epochs": len(history), "seconds": sum(row["seconds"] for row in history)}
+    about = {"epochs": len(history), "precision": config.precision}
+    about["seconds"] = sum(row["seconds"] for row in history)
     return {**about, **scores(model, data, folder)}
 
 
@@ -160,7 +161,7 @@ def train_small_cnn(data: PathData, seed: int, folder: Path) -> dict:
         probs, labels = Training.predict(net, eval_loader(data, "val"))
         if (accuracy := (probs.argmax(1) == labels).mean()) > best:
             best, state = accuracy, {k: v.clone() for k, v in net.state_dict().items()}
-    about = {"epochs": epochs, "seconds": time.perf_counter() - start}
+    about = {"epochs": epochs, "precision": "fp32", "seconds": time.perf_counter() - start}
     net.load_state_dict(state)
     return {**about, **scores(net, data, folder)}
 
@@ -205,28 +206,33 @@ def rows() -> dict[str, tuple[Callable[[PathData, int, Path], dict], int]]:
     }
 
 
-def summarise(runs: list[dict], labels: np.ndarray, work: Path) -> dict:
-    """Return mean and standard deviation over the seeds, and the ensemble's accuracy on test."""
-    out: dict = {key: runs[0][key] for key in ("parameters", "epochs")}
-    out["seeds"] = [run["seed"] for run in runs]
-    for key in ("seconds", *SCORES):
-        values = [run[key] for run in runs if key in run]
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        if values:
-            out[key] = {"mean": float(np.mean(values)), "std": std, "runs": values}
-    for key in ("recall_test", "recall_test_tta"):
-        if key in runs[0]:
-            names = runs[0][key]
-            out[key] = {name: float(np.mean([run[key][name] for run in runs])) for name in names}
-    if len(runs) > 1:
-        probs = [np.load(work / run_folder(run["name"], run["seed"]) / "probs.npz") for run in runs]
-        for key in ("test", "test_tta"):
-            mean = np.mean([each[key] for each in probs], axis=0)
-            out[f"ensemble_{key}"] = float((mean.argmax(1) == labels).mean())
+def summarise(runs: list[dict]) -> dict[str, dict]:
+    """Return, by the name of the row, the mean and standard deviation over its seeds."""
+    out: dict[str, dict] = {}
+    for name in rows():
+        if not (chosen := [run for run in runs if run["name"] == name]):
+            continue
+        out[name] = {key: chosen[0][key] for key in ("parameters", "epochs")}
+        for key in SCORES:
+            if values := [run[key] for run in chosen if key in run]:
+                std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                out[name][key] = {"mean": float(np.mean(values)), "std": std, "seeds": len(values)}
     return out
 
 
-def markdown(results: dict[str, dict]) -> str:
+def ensemble(runs: list[dict], labels: np.ndarray, work: Path) -> dict[str, float]:
+    """Return the accuracy on test of the mean of the runs' probabilities; nothing if there is one
+    run, or if the folder of one is elsewhere."""
+    files = [work / run_folder(run["name"], run["seed"]) / "probs.npz" for run in runs]
+    if len(files) < 2 or not all(file.exists() for file in files):
+        return {}
+    probs = [np.load(file) for file in files]
+    means = {key: np.mean([each[key] for each in probs], axis=0) for key in probs[0]}
+    found = {key: float((mean.argmax(1) == labels).mean()) for key, mean in means.items()}
+    return {"seeds": len(files), **found}
+
+
+def markdown(found: dict) -> str:
     """Return the results as a Markdown table: mean (standard deviation) over the seeds."""
 
     def cell(part: dict | None) -> str:
@@ -234,14 +240,14 @@ def markdown(results: dict[str, dict]) -> str:
             return ""
         return f"{part['mean']:.3f}" + (f" ({part['std']:.3f})" if part["std"] is not None else "")
 
-    columns = "recipe | parameters | epochs | seeds | minutes | val | simulated shift | test"
-    lines = [f"| {columns} | test, 8 views | ensemble, 8 views |"]
-    lines += ["|---|---:|---:|---:|---:|---|---|---|---|---|"]
-    for name, row in results.items():
-        ensemble = row.get("ensemble_test_tta")
-        cells = [name, f"{row['parameters']:,}", f"{row['epochs']}", f"{len(row['seeds'])}"]
-        cells += [f"{row['seconds']['mean'] / 60:.1f}", *(cell(row.get(key)) for key in SCORES)]
-        lines += ["| " + " | ".join([*cells, f"{ensemble:.3f}" if ensemble else ""]) + " |"]
+    lines = ["| recipe | parameters | epochs | seeds | val | simulated shift | test | 8 views |"]
+    lines += ["|---|---:|---:|---:|---|---|---|---|"]
+    for name, row in summarise(found["runs"]).items():
+        cells = [name, f"{row['parameters']:,}", f"{row['epochs']}", f"{row['val']['seeds']}"]
+        lines.append("| " + " | ".join([*cells, *(cell(row.get(key)) for key in SCORES)]) + " |")
+    for name, row in found["ensembles"].items():
+        cells = [f"{name}, ensemble", "", "", f"{row['seeds']}", "", "", f"{row['test']:.3f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['test_tta']:.3f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -305,24 +311,21 @@ def run_folder(name: str, seed: int | str) -> str:
 
 
 def measure(path: str, name: str, seed: int, work: Path) -> dict:
-    """Train one row with one seed, in a process of its own, unless its folder says it was done."""
-    folder = work / run_folder(name, seed)
-    done = folder / "scores.json"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        data = load_data(Path(path))  # and a quarter of val as another centre might stain it
-        shift = simulated_shift(data.images["val"][::4]), np.tile(data.labels["val"][::4], 8)
-        row = rows()[name][0](with_split(data, "shift", *shift), seed, folder)
-        write_json(done, {"name": name, "seed": seed, **row})
-    return json.loads(done.read_text())
+    """Train one row with one seed, in a process of its own."""
+    data = load_data(Path(path))  # and a quarter of val as another centre might stain it
+    shift = simulated_shift(data.images["val"][::4]), np.tile(data.labels["val"][::4], 8)
+    (folder := work / run_folder(name, seed)).mkdir(parents=True, exist_ok=True)
+    return {"name": name, "seed": seed} | rows()[name][0](
+        with_split(data, "shift", *shift), seed, folder
+    )
 
 
 def main() -> None:
-    """Measure every row, several at a time, and write the results as rows are complete."""
+    """Measure every row, several at a time, and write each run as it is complete."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="npz file to train and test on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", choices=rows(), metavar="ROW", help="default: all")
+    parser.add_argument("--rows", nargs="*", choices=rows(), metavar="ROW", help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     work = ROOT / "data" / "accuracy"
     parser.add_argument("--work", type=Path, default=work, help="the runs' folders")
@@ -330,24 +333,26 @@ def main() -> None:
     args = parser.parse_args()
     Training.prepare_processor()
     data = load_data(Path(args.data))
-    about = {"md5": data.md5, "counts": data.counts, "jobs": args.jobs, "torch": torch.__version__}
-    about["precision"] = Training.resolve(Config(device="cpu"), 1).precision
-    old = json.loads(args.out.read_text()) if args.out.exists() else {}
-    full = old["rows"] if old.get("md5") == data.md5 else {}
-    chosen = [(name, args.seeds[: rows()[name][1]]) for name in args.rows or rows()]
-    jobs = [(args.data, name, seed, args.work) for name, seeds in chosen for seed in seeds]
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if found.get("md5") != data.md5:
+        found = {"md5": data.md5, "counts": data.counts, "runs": [], "ensembles": {}}
+    done = {(run["name"], run["seed"]) for run in found["runs"]}
+    names = list(rows()) if args.rows is None else args.rows
+    wanted = [(name, seed) for name in names for seed in args.seeds[: rows()[name][1]]]
+    jobs = [(args.data, *run, args.work) for run in wanted if run not in done]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, prepare_process) as pool:
         for task in as_completed([pool.submit(measure, *job) for job in jobs]):
-            run = task.result()
-            print(run, file=sys.stderr, flush=True)
-            done = args.work.glob(run_folder(run["name"], "*") + "/scores.json")
-            runs = sorted((json.loads(p.read_text()) for p in done), key=lambda run: run["seed"])
-            full[run["name"]] = summarise(runs, data.labels["test"], args.work)
-            full = {name: full[name] for name in rows() if name in full}
-            write_json(args.out, {**about, "rows": full})
-    print(markdown(full))
-    for name, figure in figures(full, data.counts["train"]).items():
+            print(run := task.result(), file=sys.stderr, flush=True)
+            order = list(rows())
+            found["runs"].append(run)
+            found["runs"].sort(key=lambda run: (order.index(run["name"]), run["seed"]))
+            chosen = [other for other in found["runs"] if other["name"] == run["name"]]
+            if score := ensemble(chosen, data.labels["test"], args.work):
+                found["ensembles"][run["name"]] = score
+            write_json(args.out, found)
+    print(markdown(found))
+    for name, figure in figures(summarise(found["runs"]), data.counts["train"]).items():
         figure.savefig(args.out.with_name(f"{name}.png"))
 
 
