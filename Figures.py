@@ -166,7 +166,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]] | np.ndarray, note: str = "
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
-        text = f"{count}\n{share[row, column]:.0%}" if count else "0"
+        text = f"{count}\n{share[row, column]:.0%}" if share[row, column] >= 0.005 else f"{count}"
         colour = "white" if share[row, column] > 0.6 else "black" if count else "grey"
         axes.text(column, row, text, ha="center", va="center", fontsize=10.5, color=colour)
     axes.set_xticks(CLASSES, SHORT_NAMES)
