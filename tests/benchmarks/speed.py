@@ -4,9 +4,9 @@
     python tests/benchmarks/speed.py --data full.npz     # uses that file
     python tests/benchmarks/speed.py --shares            # without the three whole runs
 
-Prints a Markdown table and writes speed.json next to this file (which report.md quotes). Loader,
-steps (in turn) and start-up are medians of several repetitions; epochs and whole runs, which take
-minutes, are run once. The machine should have nothing else to do.
+Prints a Markdown table and writes speed.json next to this file. Loader, steps (in turn) and
+start-up are medians of several repetitions; epochs and whole runs, which take minutes, are run
+once. The machine should have nothing else to do.
 """
 
 import argparse
