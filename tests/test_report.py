@@ -23,6 +23,7 @@ from MyModels import SkipCNN, count_parameters, layer_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEST = ROOT / "runs" / "best"
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 TILES = ROOT.parent / "shared" / "data" / "pathmnist"
 SPLITS = ("val", "val_tta", "test", "test_tta")
 DOCUMENTS = ["report.md", "README.md", "docs/experiments.md"]
@@ -87,6 +88,26 @@ def test_stage_table_and_parameter_count_are_the_models(report: str, metrics: di
     for text in (report, (ROOT / "README.md").read_text()):
         assert f"{total:,} parameters" in " ".join(text.split())
     assert metrics["model"]["parameters"] == total
+
+
+def test_rows_of_the_benchmark_are_in_report_and_readme(
+    report: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    accuracy = importlib.import_module("accuracy")
+    found = json.loads((BENCHMARKS / "accuracy.json").read_text())
+    drawn = re.compile("epochs: |training images")  # in figures instead
+    table = [row for row in accuracy.markdown(found).splitlines() if not drawn.search(row)]
+    assert len(table) > 3 and rows_missing("\n".join(table), report) == []
+    default, both = accuracy.summarise(found["runs"])["default"], found["ensembles"]["default"]
+    cells = [f"{default[k]['mean']:.3f} ({default[k]['std']:.3f})" for k in ("test", "test_tta")]
+    rows = [
+        f"| this project, five seeds (s.d.) | {default['parameters']:,} | {' | '.join(cells)} |"
+    ]
+    cells = [f"{both[key]:.3f}" for key in ("test", "test_tta")]
+    rows.append(f"| this project, ensemble of the five | | {' | '.join(cells)} |")
+    assert default["test"]["seeds"] == both["seeds"] == 5
+    assert rows_missing("\n".join(rows), (ROOT / "README.md").read_text()) == []
 
 
 def test_the_committed_run_is_small_and_agrees_with_itself(metrics: dict) -> None:

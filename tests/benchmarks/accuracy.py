@@ -245,9 +245,9 @@ def markdown(found: dict) -> str:
     for name, row in summarise(found["runs"]).items():
         cells = [name, f"{row['parameters']:,}", f"{row['epochs']}", f"{row['val']['seeds']}"]
         lines.append("| " + " | ".join([*cells, *(cell(row.get(key)) for key in SCORES)]) + " |")
-    for name, row in found["ensembles"].items():
-        cells = [f"{name}, ensemble", "", "", f"{row['seeds']}", "", "", f"{row['test']:.3f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['test_tta']:.3f}"]) + " |")
+        if both := found["ensembles"].get(name):
+            cells = [f"{name}, ensemble", "", "", f"{both['seeds']}", "", "", f"{both['test']:.3f}"]
+            lines.append("| " + " | ".join([*cells, f"{both['test_tta']:.3f}"]) + " |")
     return "\n".join(lines)
 
 
