@@ -5,9 +5,9 @@
 
 Every row is trained here, on the same images, by one thread, two runs at a time. On the official
 file all of it takes a day of two cores, so it may be done in parts, on several machines: a run that
-accuracy.json has is not trained again, and an interrupted one goes on in its folder in --work.
-Delete both when the recipe has changed. Prints a Markdown table; writes accuracy.json, which
-report.md quotes, and two figures next to it.
+accuracy.json has is not trained again, and an interrupted one goes on in its folder in --work (the
+small CNN starts again). Delete both when the recipe has changed. Prints a Markdown table; writes
+accuracy.json, which report.md quotes, and two figures next to it.
 """
 
 import argparse
@@ -291,7 +291,7 @@ def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
     if "default" in results:
         by_time[results["default"]["epochs"] * minutes] = results["default"]
         by_count[n_train] = results["default"]
-        xlabel = "minutes of training on two cores (logarithmic)"
+        xlabel = "minutes of training on two cores, at the committed run's pace (logarithmic)"
         drawn["accuracy_minutes"] = curve_figure(by_time, xlabel, title, PUBLISHED)
         by_count = {n: row for n, row in by_count.items() if row}
         xlabel = "training images (logarithmic)"
@@ -315,9 +315,8 @@ def measure(path: str, name: str, seed: int, work: Path) -> dict:
     data = load_data(Path(path))  # and a quarter of val as another centre might stain it
     shift = simulated_shift(data.images["val"][::4]), np.tile(data.labels["val"][::4], 8)
     (folder := work / run_folder(name, seed)).mkdir(parents=True, exist_ok=True)
-    return {"name": name, "seed": seed} | rows()[name][0](
-        with_split(data, "shift", *shift), seed, folder
-    )
+    row = rows()[name][0](with_split(data, "shift", *shift), seed, folder)
+    return {"name": name, "seed": seed, **row}
 
 
 def main() -> None:
@@ -325,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="npz file to train and test on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="*", choices=rows(), metavar="ROW", help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=rows(), metavar="ROW", help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     work = ROOT / "data" / "accuracy"
     parser.add_argument("--work", type=Path, default=work, help="the runs' folders")
@@ -337,14 +336,13 @@ def main() -> None:
     if found.get("md5") != data.md5:
         found = {"md5": data.md5, "counts": data.counts, "runs": [], "ensembles": {}}
     done = {(run["name"], run["seed"]) for run in found["runs"]}
-    names = list(rows()) if args.rows is None else args.rows
-    wanted = [(name, seed) for name in names for seed in args.seeds[: rows()[name][1]]]
+    wanted = [(n, seed) for n in args.rows or rows() for seed in args.seeds[: rows()[n][1]]]
     jobs = [(args.data, *run, args.work) for run in wanted if run not in done]
+    order = list(rows())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, prepare_process) as pool:
         for task in as_completed([pool.submit(measure, *job) for job in jobs]):
             print(run := task.result(), file=sys.stderr, flush=True)
-            order = list(rows())
             found["runs"].append(run)
             found["runs"].sort(key=lambda run: (order.index(run["name"]), run["seed"]))
             chosen = [other for other in found["runs"] if other["name"] == run["name"]]
