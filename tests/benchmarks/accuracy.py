@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -259,9 +260,9 @@ def curve_figure(points: dict[float, dict], xlabel: str, title: str, lines: dict
     points = dict(sorted(points.items()))
     for name, accuracy in lines.items():
         axes.axhline(accuracy, color=GREY, linestyle="--", linewidth=1)
-        text = f"published: {name}, {accuracy:.3f}"
-        place = {"xy": (1, accuracy), "xycoords": ("axes fraction", "data")}
-        axes.annotate(text, **place, ha="right", va="bottom", color=GREY, fontsize=10)
+        text = f"published: {accuracy:.3f}\n{textwrap.fill(name, 22)}"
+        place = {"xy": (1.01, accuracy), "xycoords": ("axes fraction", "data")}
+        axes.annotate(text, **place, ha="left", va="center", color=GREY, fontsize=10)
     for key, label, colour, aside in (  # side by side, so that none hides another
         ("val", "val", ORANGE, 0.97),
         ("test", "test, one view", BLUE, 1),
@@ -291,10 +292,10 @@ def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
     if "default" in results:
         by_time[results["default"]["epochs"] * minutes] = results["default"]
         by_count[n_train] = results["default"]
-        xlabel = "minutes of training on two cores, at the committed run's pace (logarithmic)"
+        xlabel = "minutes on two cores, at the committed run's pace"
         drawn["accuracy_minutes"] = curve_figure(by_time, xlabel, title, PUBLISHED)
         by_count = {n: row for n, row in by_count.items() if row}
-        xlabel = "training images (logarithmic)"
+        xlabel = "training images"
         drawn["accuracy_images"] = curve_figure(by_count, xlabel, title, {})
     return drawn
 
