@@ -263,15 +263,15 @@ def curve_figure(points: dict[float, dict], xlabel: str, title: str, lines: dict
         text = f"published: {accuracy:.3f}\n{textwrap.fill(name, 22)}"
         place = {"xy": (1.01, accuracy), "xycoords": ("axes fraction", "data")}
         axes.annotate(text, **place, ha="left", va="center", color=GREY, fontsize=10)
-    for key, label, colour, aside in (  # side by side, so that none hides another
-        ("val", "val", ORANGE, 0.97),
-        ("test", "test, one view", BLUE, 1),
-        ("test_tta", "test, eight views", VERMILION, 1.03),
+    for key, label, colour in (
+        ("val", "val", ORANGE),
+        ("test", "test, one view", BLUE),
+        ("test_tta", "test, eight views", VERMILION),
     ):
         means = [row[key]["mean"] for row in points.values()]
         spread = [row[key]["std"] or 0 for row in points.values()]
         style = {"label": label, "color": colour, "marker": "o", "capsize": 3}
-        axes.errorbar([aside * x for x in points], means, spread, **style)
+        axes.errorbar(list(points), means, spread, **style)
     axes.set_xscale("log")
     axes.set_xticks(list(points), [f"{x:,.0f}" if x > 10 else f"{x:.1f}" for x in points])
     axes.minorticks_off()
@@ -285,7 +285,7 @@ def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
     run, which had two cores to itself, for as many epochs."""
     run = json.loads((ROOT / "runs" / "best" / "metrics.json").read_text())
     minutes = run["train_seconds"] / run["epochs"] / 60
-    title = "mean and s.d. over the seeds"
+    title = "seed 0, or mean and s.d. of several seeds"
     by_time = {row["epochs"] * minutes: row for n, row in results.items() if "epochs:" in n}
     by_count = {n: results.get(f"{n:,} training images") for n in IMAGES}
     drawn = {}
