@@ -250,10 +250,8 @@ def test_content_of_figures() -> None:
     texts = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}
     assert (len(texts), texts[0, 0], texts[8, 2]) == (81, "1350\n93%", "12\n3%")  # 12 of 447
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    (few := np.diag([990] * 9))[0, 1:3] = (
-        4,
-        6,
-    )  # of 1,000: a percentage that rounds to 0 is left out
+    few = np.diag([990] * 9)
+    few[0, 1:3] = 4, 6  # of 1,000: a percentage that rounds to 0 is left out
     (axes,) = Figures.confusion_figure(few).axes
     assert [text.get_text() for text in axes.texts[:4]] == ["990\n99%", "4", "6\n1%", "0"]
 
