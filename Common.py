@@ -1,4 +1,4 @@
-"""What every script needs: errors and signals in one line, the argument parser, atomic files.
+"""What every script needs: class names, errors in one line, signals, the parser, atomic files.
 
 if __name__ == "__main__":
     sys.exit(run_script(main))
@@ -14,8 +14,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 # Names: MedMNIST, medmnist/info.py. Codes: Kather et al. 2018, doi:10.5281/zenodo.1214456.
 CLASS_NAMES = (
@@ -32,6 +34,15 @@ CLASS_NAMES = (
 SHORT_NAMES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 CLASSES = range(len(CLASS_NAMES))
 
+SYNTHETIC = "SYNTHETIC DATA, not real tissue"  # stands beside every result of the drawn sample
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+}
+
 
 class UserError(Exception):
     """One line for the user: which file or flag, what is wrong with it, and the remedy."""
@@ -45,17 +56,17 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-        self.advice = ""  # how to go on, where somebody on the way knows
+        self.advice = ""  # how to continue, added by whoever knows
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows a module's text as it is, and an error in one line."""
 
-    def __init__(self, text: str, **options: object) -> None:
+    def __init__(self, text: str | None, usage: str = "%(prog)s [options]") -> None:
         plain = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=text, formatter_class=plain, **options)
+        super().__init__(usage=usage, description=text, formatter_class=plain)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
@@ -66,19 +77,44 @@ def as_path(text: str) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new; UserError if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file so that readers see either the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        remedy = "free some space, or choose a folder that can be written"
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        error.filename = str(path)  # errors while writing do not name the file
+        raise
     finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Wait until the disk has the file's content, where the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts, the first of them the header, as a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as columns for the terminal, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -86,60 +122,82 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def run_script(main: Callable[..., int | None], *args: object) -> int:
-    """Run a script's `main` and return the exit status, an error being one line on stderr. 0, or
-    what `main` returns; 2 for bad input, a full disk or too little memory; 130 after Ctrl-C and 143
-    after SIGTERM, of which a second one ends the process at once; 141 where nobody reads stdout any
-    more, as in `| head`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # print each line at once, into a file too
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    if "IPython" not in sys.modules:  # figures are saved; matplotlib refuses an unknown backend
-        os.environ.pop("MPLBACKEND", None)
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    hook, threading.excepthook = threading.excepthook, no_traceback_of_full_disks
+def run_script(main: Callable[..., int | None], *args: Any) -> int:
+    """Run a script's `main` and return the exit status; expected errors become one line on stderr.
+    The status is 0 or what `main` returns; 2 for bad input, a full disk or too little memory; 130
+    after Ctrl-C and 143 after SIGTERM; 141 where nobody reads the output any more, as in `| head`.
+    A second signal ends the process at once. Unexpected errors show their traceback."""
+    prepare_output()
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    excepthook = threading.excepthook
+    threading.excepthook = ignore_os_errors
     try:
         return main(*args) or 0
     except UserError as error:
         return complain(str(error))
     except Stopped as stopped:
-        name = signal.Signals(stopped.signum).name
-        print(f"\nstopped by {name}{stopped.advice}", file=sys.stderr)
+        say(f"\nstopped by {signal.Signals(stopped.signum).name}{stopped.advice}")
         return 128 + stopped.signum
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, as shells say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush cannot fail
+        return 141  # 128 + SIGPIPE, as a shell reports it
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "choose a folder that can be written"
-        return complain(f"{error}; {remedy}")
-    except (MemoryError, RuntimeError) as error:  # PyTorch's lack of memory is a RuntimeError
-        known = isinstance(error, MemoryError) or re.search(
-            "out of memory|allocate memory", str(error)
-        )
-        if not known:
+        if error.errno not in REMEDIES:
             raise
-        what = str(error).partition("\n")[0] or "out of memory"
-        return complain(f"{what}; close other programs, or lower --batch-size, or --device cpu")
+        return complain(f"{error.filename or 'output'}: {error.strerror}; {REMEDIES[error.errno]}")
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        text = str(error).partition("\n")[0] or "out of memory"
+        return complain(f"{text}; close other programs, or try a lower --batch-size")
     finally:
-        threading.excepthook = hook
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        threading.excepthook = excepthook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def stop(signum: int, _frame: object) -> None:
+def prepare_output() -> None:
+    """Make stdout and stderr usable whatever they are connected to, and independent of the user's
+    matplotlib backend."""
+    if sys.stdout is None:  # closed by whoever started the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # show each line at once, in a file too
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if "IPython" not in sys.modules:  # a notebook's backend is unknown in its child processes
+        os.environ.pop("MPLBACKEND", None)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether the error says that memory is full; PyTorch then raises a RuntimeError."""
+    full = re.search("out of memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or full is not None
+
+
+def stop(signum: int, _frame: FrameType | None) -> None:
     """Handle a first signal by an exception, and leave a second one to the system."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     raise Stopped(signum)
 
 
-def no_traceback_of_full_disks(args: threading.ExceptHookArgs) -> None:
-    """Say nothing of an OSError in TensorBoard's thread: whoever uses the thread is told of it."""
+def ignore_os_errors(args: threading.ExceptHookArgs) -> None:
+    """Stay silent about an OSError in TensorBoard's thread: the main thread meets it as well."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
 
 def complain(text: str) -> int:
     """Print an error as one line on stderr; return its exit status."""
-    print(f"error: {text}", file=sys.stderr)
+    say(f"error: {text}")
     return 2
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, or on the terminal where the reader of stderr has ended too."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            Path("/dev/tty").write_text(text + "\n", encoding="utf-8")

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from Common import Parser, run_script
+from Common import CLASSES, Parser, plain_table, run_script
 
-NUM_CLASSES = 9
+NUM_CLASSES = len(CLASSES)
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -22,15 +22,45 @@ class Normalize(nn.Module):
     floats in units of [0, 1], kept as buffers: they are saved with the weights, so that a
     checkpoint can never be used with another data set's normalisation."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        std = torch.tensor(std, dtype=torch.float32).clamp_min(1 / 255)  # of a constant channel: 0
-        self.register_buffer("std", std.view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.std.clamp_min_(1 / 255)  # a constant channel has a deviation of 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images (N, 3, S, S) in units of the data's standard deviation."""
         return (images - self.mean) / self.std
+
+
+class TissueModel(nn.Module):
+    """What every model of this project does: it normalises images, float (N, 3, S, S) in [0, 1],
+    and returns logits (N, 9), divided by a temperature that makes the probabilities honest (1 until
+    `Training.calibrate` has fitted it). `mean` and `std` are the training images'. A new model is
+    one class with two methods, `logits` and `gradcam_layer`, and an entry in `MODELS`."""
+
+    temperature: Tensor
+
+    def __init__(self, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
+        return self.logits(self.normalize(images)) / self.temperature
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Turn normalised images (N, 3, S, S) into logits (N, 9)."""
+        raise NotImplementedError
+
+    def gradcam_layer(self, size: int) -> nn.Module:
+        """Return the layer whose output Grad-CAM explains, for images of that size: the last one
+        of 7 x 7 positions or more."""
+        raise NotImplementedError
 
 
 class SkipStage(nn.Module):
@@ -57,13 +87,12 @@ class SkipStage(nn.Module):
         return self.act2(main + self.skip(x))
 
 
-class SkipCNN(nn.Module):
+class SkipCNN(TissueModel):
     """The project's CNN: a full-resolution stem, three skip stages and a dense head. A MaxPool
     before each stage halves the resolution; of an odd size, the last row and column are pooled
     alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the values
     to normalise and activate. `widths` are the channels of the stem's two convolutions and of the
-    stages, `mean` and `std` the training images'. Takes float images (N, 3, S, S) in [0, 1] with S
-    of 8 or more, returns logits (N, 9)."""
+    stages. Images need 8 pixels a side or more."""
 
     def __init__(
         self,
@@ -71,8 +100,7 @@ class SkipCNN(nn.Module):
         std: Sequence[float] = HALF,
         widths: Sequence[int] = (16, 32, 48, 96, 128),
     ) -> None:
-        super().__init__()
-        self.normalize = Normalize(mean, std)
+        super().__init__(mean, std)
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
             nn.BatchNorm2d(widths[0]),
@@ -94,45 +122,42 @@ class SkipCNN(nn.Module):
             nn.ReLU(),
             nn.Linear(128, NUM_CLASSES),
         )
-        self.register_buffer("temperature", torch.ones(()))  # see `Training.calibrate`
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
-        x = self.stage1(self.stem(self.normalize(images)))
+    def logits(self, x: Tensor) -> Tensor:
+        """Turn normalised images (N, 3, S, S) into logits (N, 9)."""
+        x = self.stage1(self.stem(x))
         x = self.stage2(self.pool1(x))
         x = self.stage3(self.pool2(x))
-        return self.head(self.pool3(x)) / self.temperature
+        return self.head(self.pool3(x))
 
     def gradcam_layer(self, size: int) -> nn.Module:
-        """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
+        """Return the last stage with 7 x 7 positions or more."""
         return self.stage2 if size < 56 else self.stage3
 
 
-class ResNet18(nn.Module):
+class ResNet18(TissueModel):
     """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling. The ImageNet stem
     would shrink 28 px to 7 px before the first block; this is the variant that MedMNIST's official
-    experiments use at 28 px. Same input and output as `SkipCNN`."""
+    experiments use at 28 px."""
 
     def __init__(self, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
-        from torchvision.models import resnet18  # here, for it takes as long as torch to import
+        from torchvision.models import resnet18  # here, because this import takes two seconds
 
-        super().__init__()
-        self.normalize = Normalize(mean, std)
+        super().__init__(mean, std)
         self.net = resnet18(num_classes=NUM_CLASSES)
         self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.net.maxpool = nn.Identity()
-        self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn images (N, 3, S, S) in [0, 1] into logits (N, 9)."""
-        return self.net(self.normalize(images)) / self.temperature
+    def logits(self, x: Tensor) -> Tensor:
+        """Turn normalised images (N, 3, S, S) into logits (N, 9)."""
+        return self.net(x)
 
     def gradcam_layer(self, size: int) -> nn.Module:
-        """Return the layer for Grad-CAM at this image size: the last of 7 x 7 positions or more."""
+        """Return the last layer with 7 x 7 positions or more."""
         return self.net.layer3 if size < 56 else self.net.layer4
 
 
-MODELS = {"skipcnn": SkipCNN, "resnet18": ResNet18}
+MODELS: dict[str, type[TissueModel]] = {"skipcnn": SkipCNN, "resnet18": ResNet18}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -140,34 +165,40 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def layer_table(model: nn.Module, size: int) -> list[tuple[str, str, str, str, int]]:
+def layer_table(model: TissueModel, size: int) -> list[tuple[str, str, str, str, int]]:
     """Describe every layer by running one image of that size through the model. One row (name,
     type, kernel, output shape, parameters) per layer without children, in order of execution."""
     rows = []
 
     def record(name: str, module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         kernel = getattr(module, "kernel_size", ())
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        shape = " x ".join(str(n) for n in output.shape[1:])
-        row = (name, type(module).__name__, "x".join(map(str, kernel)), shape)
-        rows.append((*row, count_parameters(module)))
+        if isinstance(kernel, int):
+            kernel = (kernel, kernel)
+        kernel_text = "x".join(map(str, kernel))
+        shape = " x ".join(map(str, output.shape[1:]))
+        rows.append((name, type(module).__name__, kernel_text, shape, count_parameters(module)))
 
-    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    hooks = [leaf.register_forward_hook(partial(record, name)) for name, leaf in leaves]
+    hooks = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(partial(record, name)))
     was_training = model.training
+    model.eval()
     with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        model(torch.zeros(1, 3, size, size, device=model.temperature.device))
     model.train(was_training)
     for hook in hooks:
         hook.remove()
     return rows
 
 
-def layer_markdown(model: nn.Module, size: int) -> str:
-    """Return `layer_table` as a Markdown table with the total in the last row."""
-    lines = ["| layer | type | kernel | output | parameters |", "|---|---|---|---|---:|"]
-    lines += ["| {} | {} | {} | {} | {:,} |".format(*row) for row in layer_table(model, size)]
-    return "\n".join([*lines, f"| **total** | | | | **{count_parameters(model):,}** |"])
+def layer_texts(model: TissueModel, size: int) -> list[list[str]]:
+    """Return `layer_table` as rows of texts, with a header and the total."""
+    rows = [["layer", "type", "kernel", "output", "parameters"]]
+    for name, kind, kernel, shape, parameters in layer_table(model, size):
+        rows.append([name, kind, kernel, shape, f"{parameters:,}"])
+    rows.append(["total", "", "", "", f"{count_parameters(model):,}"])
+    return rows
 
 
 def main() -> None:
@@ -178,7 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     if not 8 <= args.size <= 1024:
         parser.error("--size: 8 to 1024 px")
-    print(layer_markdown(MODELS[args.model](), args.size), flush=True)
+    print(plain_table(layer_texts(MODELS[args.model](), args.size)), flush=True)
 
 
 if __name__ == "__main__":

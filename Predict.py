@@ -23,24 +23,59 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
 
 import Figures
+import Runs
+import Training
 from Common import (
     CLASS_NAMES,
     SHORT_NAMES,
+    SYNTHETIC,
     Parser,
     UserError,
     as_path,
+    plain_table,
     run_script,
     write_atomically,
 )
 from Evaluation import grad_cam
-from Runs import load_model, read_run, seed_dirs
-from Training import choose_device, eval_batch, predict, prepare_processor
+from MyModels import TissueModel
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
+HEADER = ["file", "class", *SHORT_NAMES]  # of predictions.csv
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Classify images, and name those that cannot be read."""
+    args = parse_args(argv)
+    Training.prepare_processor()
+    device = Training.choose_device(args.device)
+    folders = Runs.finished_dirs(args.run)
+    if len(folders) > 1:
+        print(f"{args.run}: an ensemble of {len(folders)} models")
+    loaded = [Runs.load_model(folder, device) for folder in folders]
+    models = [model for model, _ in loaded]
+    identity = loaded[0][1]["identity"]
+    if identity["kind"] == "synthetic":
+        print(f"This model was trained on {SYNTHETIC}: its answers mean nothing.", file=sys.stderr)
+    files = find_tiles(args.paths, args.out)
+    prepare_out(args.out, files)
+    good, tiles = read_tiles(files, identity["size"])
+    probs = classify(models, tiles)
+    write_predictions(good, probs, args.out / "predictions.csv")
+    note = Figures.data_note(identity["kind"])
+    heatmaps = explain(models[0], tiles, probs) if args.explain else None
+    picture = args.out / "predictions.png"
+    Figures.save(Figures.predictions_figure(tiles, probs, heatmaps, note), picture)
+    print(f"The least certain tiles: {picture}")
+    if heatmaps is not None:
+        save_heatmaps(good, tiles, heatmaps, probs, note, args.out / "gradcam")
+    if len(good) < len(files):
+        what = f"{len(files) - len(good)} of {len(files)} files are not readable images"
+        raise UserError(f"{what}, named above; convert or remove them")
 
 
 def find_tiles(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -56,38 +91,33 @@ def find_tiles(paths: Sequence[Path], out: Path) -> list[Path]:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        if os.path.samefile(path, out):
-            raise UserError(f"--out {out}: the folder of the tiles; choose another")
         for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-            new = os.path.realpath(folder) not in seen
+            if os.path.realpath(folder) in seen:
+                folders.clear()
+                continue
             seen.add(os.path.realpath(folder))
-            folders[:] = sorted(name for name in folders if new and name[0] != ".")
-            files += [Path(folder, name) for name in sorted(names) if new and name[0] != "."]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     if not files:
         raise UserError(f"{paths[0]}: no files in that folder; check the path")
     return files
 
 
-def read_tile(path: Path, size: int) -> np.ndarray:
-    """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
-    Transparent pixels become white, as an empty slide is. Raises an exception, mostly Pillow's,
-    when the file is no image, is too large, or has pixels of more than 8 bits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if path.exists() and not path.is_file():  # opening a pipe would wait forever
-            raise ValueError("not a regular file")
-        with Image.open(path) as image:
-            if (pages := getattr(image, "n_frames", 1)) > 1:
-                raise ValueError(f"{pages} pages or frames; cut it into tiles, a file for each")
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("pixels of more than 8 bits; convert them")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+def prepare_out(out: Path, files: Sequence[Path]) -> None:
+    """Make the results' folder before anything is computed. UserError if it cannot be written to,
+    if it holds one of the images, or if its predictions.csv is not one that this program wrote."""
+    if any(file.parent.resolve() == out.resolve() for file in files):
+        raise UserError(f"--out {out}: one of the images lies there; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    old = out / "predictions.csv"
+    if old.exists() and not old.read_bytes().startswith(",".join(HEADER).encode()):
+        raise UserError(f"{old}: not written by this program; choose another --out")
+    if old.exists():
+        print(f"{out}: the results of an earlier run are replaced")
 
 
-def read_tiles(files: Sequence[Path], size: int) -> tuple[list[Path], np.ndarray]:
+def read_tiles(files: Sequence[Path], size: int) -> tuple[list[Path], ndarray]:
     """Return the readable files and their tiles, uint8 (N, S, S, 3); name the others on stderr."""
     good, tiles = [], []
     for path in tqdm(files, desc="read", unit="tile", disable=None):
@@ -102,42 +132,80 @@ def read_tiles(files: Sequence[Path], size: int) -> tuple[list[Path], np.ndarray
     return good, np.stack(tiles)
 
 
-def write_predictions(rows: Sequence[tuple[Path, np.ndarray]], path: Path) -> None:
+def read_tile(path: Path, size: int) -> ndarray:
+    """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
+    Transparent pixels become white, as an empty slide is. Raises an exception, mostly Pillow's,
+    when the file is no image, is too large, or has pixels of more than 8 bits."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
+        raise ValueError("not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            pages = getattr(file, "n_frames", 1)
+            if pages > 1:
+                raise ValueError(f"{pages} pages or frames; cut it into tiles, a file for each")
+            if file.mode.startswith(("I", "F")):
+                raise ValueError("pixels of more than 8 bits; convert them")
+            image: Image.Image = file
+            if file.has_transparency_data:
+                image = file.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def classify(models: Sequence[TissueModel], tiles: ndarray) -> ndarray:
+    """Return the mean of the models' probabilities (N, 9) for tiles, uint8 (N, S, S, 3)."""
+    parts = torch.from_numpy(tiles).split(Training.eval_batch(tiles.shape[1]))
+    batches = [(part, torch.zeros(len(part))) for part in parts]
+    probs = []
+    for model in tqdm(models, desc="classify", unit="model", disable=None):
+        probs.append(Training.predict(model, batches, eight_views=True)[0])
+    return np.mean(probs, axis=0)
+
+
+def write_predictions(files: Sequence[Path], probs: ndarray, path: Path) -> None:
     """Write every tile's class and probabilities as CSV; print the first fifty."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["file", "class", *SHORT_NAMES])
-    table.writerows([name, SHORT_NAMES[p.argmax()], *p.tolist()] for name, p in rows)
-    write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
-    print(f"{'file':40}  {'class':36}  prob.  second")
-    for name, p in rows[:50]:
+    table.writerow(HEADER)
+    rows = [["file", "class", "prob.", "second"]]
+    for file, p in zip(files, probs, strict=True):
         second, first = np.argsort(p)[-2:]
-        print(
-            f"{name.name[-40:]:40}  {CLASS_NAMES[first]:36}  {p[first]:.3f}  "
-            f"{SHORT_NAMES[second]} {p[second]:.3f}"
-        )
-    if len(rows) > 50:
-        print(f"... and {len(rows) - 50} more")
-    print(f"All nine probabilities of {len(rows)} tiles: {path}")
+        table.writerow([file, SHORT_NAMES[first], *p.tolist()])
+        runner_up = f"{SHORT_NAMES[second]} {p[second]:.2f}"
+        rows.append([file.name[-24:], CLASS_NAMES[first], f"{p[first]:.3f}", runner_up])
+    write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
+    print(plain_table(rows[:51]))
+    if len(files) > 50:
+        print(f"... and {len(files) - 50} more")
+    print(f"All nine probabilities of {len(files)} tiles: {path}")
 
 
-def save_pictures(
-    tiles: np.ndarray, probs: np.ndarray, heatmaps: np.ndarray | None, paths: list[Path], note: str
+def explain(model: TissueModel, tiles: ndarray, probs: ndarray) -> ndarray:
+    """Return the Grad-CAM heatmaps (N, S, S) of the predicted classes, few tiles at a time."""
+    batch = Training.eval_batch(tiles.shape[1])
+    heatmaps = []
+    for start in tqdm(range(0, len(tiles), batch), desc="explain", unit="batch", disable=None):
+        rows = slice(start, start + batch)
+        heatmaps.append(grad_cam(model, tiles[rows], probs[rows].argmax(axis=1)))
+    return np.concatenate(heatmaps)
+
+
+def save_heatmaps(
+    files: Sequence[Path], tiles: ndarray, heatmaps: ndarray, probs: ndarray, note: str, out: Path
 ) -> None:
-    """Draw the least certain tiles in `paths[0]`; with heatmaps, each tile also in one of the
-    others."""
-    Figures.save(Figures.predictions_figure(tiles, probs, heatmaps, note), paths[0])
-    print(f"The least certain tiles: {paths[0]}")
-    if heatmaps is not None:
-        for index, path in enumerate(tqdm(paths[1:], desc="explain", unit="tile", disable=None)):
-            tile, heatmap, p = (array[index : index + 1] for array in (tiles, heatmaps, probs))
-            Figures.save(Figures.gradcam_figure(tile, heatmap, [None], p, note), path)
-        print(f"Each tile beside its Grad-CAM: {paths[1]} and so on")
+    """Draw each tile beside its heatmap, in a folder of their own."""
+    out.mkdir(exist_ok=True)
+    for index, file in enumerate(tqdm(files, desc="draw", unit="tile", disable=None)):
+        tile, heatmap, p = (array[index : index + 1] for array in (tiles, heatmaps, probs))
+        figure = Figures.gradcam_figure(tile, heatmap, [None], p, note)
+        Figures.save(figure, out / f"{index:04d}-{file.stem[:50]}.png")
+    print(f"Each tile beside its Grad-CAM: {out}")
 
 
-def build_parser() -> Parser:
-    """Return the command line."""
-    parser = Parser(__doc__)
+def parse_args(argv: list[str] | None):
+    """Read the command line."""
+    parser = Parser(__doc__, usage="%(prog)s PATH... [options]")
     add = parser.add_argument
     add("paths", type=as_path, nargs="+", metavar="PATH", help="image, or folder of images")
     run = "a run's folder (default: runs/best); of a run of several seeds, their ensemble"
@@ -146,46 +214,7 @@ def build_parser() -> Parser:
     add("--out", type=as_path, default="predictions", metavar="DIR", help=out)
     add("--explain", action="store_true", help="save each tile beside its Grad-CAM")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Classify images, and name those that cannot be read."""
-    args = build_parser().parse_args(argv)
-    prepare_processor()
-    device = choose_device(args.device)
-    folders = [args.run]
-    if not (args.run / "best.pt").exists() and (args.run / "config.json").exists():
-        folders = seed_dirs(args.run, read_run(args.run)[0]["seeds"], finished=True)
-        print(f"{args.run}: an ensemble of {len(folders)} models")
-    models, checkpoints = zip(*(load_model(folder, device) for folder in folders), strict=True)
-    identity = checkpoints[0]["identity"]
-    if identity.get("kind") == "synthetic":
-        what = "This model was trained on SYNTHETIC data: its answers mean nothing."
-        print(what, file=sys.stderr)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # can it be written to? Before all is computed
-    files = find_tiles(args.paths, args.out)
-    names, tiles = read_tiles(files, identity["size"])
-    if (args.out / "predictions.csv").exists():  # pictures of an earlier run
-        for old in args.out.glob("[0-9][0-9][0-9][0-9]*-*.png"):
-            old.unlink()
-    parts = torch.from_numpy(tiles).split(eval_batch(identity["size"]))
-    batches = [(part, torch.zeros(len(part))) for part in parts]
-    bar = tqdm(models, desc="classify", unit="model", disable=None)
-    probs = np.mean([predict(model, batches, views=8)[0] for model in bar], axis=0)
-    write_predictions(list(zip(names, probs, strict=True)), args.out / "predictions.csv")
-    heatmaps = None
-    if args.explain:  # where the first model looks
-        batches = np.split(np.arange(len(tiles)), range(100, len(tiles), 100))
-        heatmaps = [grad_cam(models[0], tiles[rows], probs[rows].argmax(1)) for rows in batches]
-        heatmaps = np.concatenate(heatmaps)
-    pictures = [f"{index:04d}-{name.stem[:50]}.png" for index, name in enumerate(names)]
-    paths = [args.out / name for name in ("predictions.png", *pictures)]
-    save_pictures(tiles, probs, heatmaps, paths, Figures.data_note(identity.get("kind", "")))
-    if len(names) < len(files):
-        what = f"{len(files) - len(names)} of {len(files)} files are not readable images"
-        raise UserError(f"{what}, named above; convert or remove them")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A run's folder and what lies in it: options, history, checkpoints, the finished model.
 
-    run_dir = make_run_dir(Path("runs"), "first-try")
+    run_dir = make_run_dir(Path("runs"), "first-try", "")
     model, checkpoint = load_model(run_dir, "cpu")
 
 A run of several seeds has a folder with one run per seed in it: seed0, seed1 and so on.
@@ -9,41 +9,39 @@ A run of several seeds has a folder with one run per seed in it: seed0, seed1 an
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
+import platform
 import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where runs are not locked
-    fcntl = None
-
 import torch
-from torch import nn
+from filelock import FileLock, Timeout
 
-from analyze_data import SIZES
-from Common import UserError, write_atomically
-from MyModels import MODELS
+from analyze_data import SIZES, PathData
+from Common import UserError, lacks_memory, write_atomically, write_json
+from MyModels import MODELS, TissueModel
 
-# Columns of history.csv; the checkpoint's history also has the recall per class.
+# Columns of history.csv; the checkpoint's history also has the recall of each class.
 CSV_FIELDS = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_loss_se"]
 CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one training run; None means "decided by `Training.resolve`"."""
+    """The options of one training run; for epochs and patience, 0 means "decided by
+    `Training.resolve`"."""
 
     model: str = "skipcnn"
-    epochs: int | None = None
+    epochs: int = 0
     batch_size: int = 128
     lr: float = 7e-3
     weight_decay: float = 0.05
-    patience: int | None = None
+    patience: int = 0
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -55,67 +53,119 @@ class Config:
     cutmix: float = 0.5  # share of the batches whose images get a patch of another; 0: off
 
 
-def make_run_dir(log_dir: Path, name: str) -> Path:
-    """Create a run's own folder; UserError if there is a run in it or it cannot be made."""
-    run_dir = log_dir / name
+def config_from(values: dict) -> Config:
+    """Return the options that a run has saved. A run that is older than an option has no value for
+    it, and gets the default."""
+    known = [field.name for field in fields(Config)]
+    return Config(**{name: values[name] for name in known if name in values})
+
+
+def make_run_dir(log_dir: Path, name: str | None, default: str) -> Path:
+    """Create a run's own folder. With a name it must be empty (or hold only what a run leaves that
+    was stopped before it began); without one, a number is added to the default name if it is taken.
+    UserError if there is no such folder and it cannot be made."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        taken = any(path.name[0] != "." for path in run_dir.iterdir())
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            return make_free_dir(log_dir, default)
+        run_dir = log_dir / name
+        run_dir.mkdir(exist_ok=True)
+        taken = any(not path.name.startswith(".") for path in run_dir.iterdir())
     except OSError as error:
-        why = f"no folder that can be written ({error.strerror})"
-        raise UserError(f"--log-dir {log_dir}: {why}; choose another") from error
+        what = f"--log-dir {log_dir}: not a folder that can be written ({error.strerror})"
+        raise UserError(f"{what}; choose another") from error
     if taken:
         raise UserError(f"{run_dir}: exists already; choose another --name or --resume it")
     return run_dir
 
 
+def make_free_dir(log_dir: Path, name: str) -> Path:
+    """Create and return the first of NAME, NAME-2, NAME-3 and so on that does not exist yet."""
+    for number in itertools.count(1):
+        run_dir = log_dir / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
+            break
+    return run_dir
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder, and clear up what a killed one left."""
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir}: another process is training there; wait for it") from error
-        except OSError:  # a file system without locks
-            pass
-        for stale in run_dir.glob(".*.tmp"):
-            stale.unlink()
+    """Keep other processes out of a run's folder, and remove the parts of files that a killed
+    process left there. UserError if another process holds the folder."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{run_dir}: another process is training there; wait for it") from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        for part in run_dir.glob(".*.unfinished"):
+            part.unlink()
         yield
+    finally:
+        lock.release()
+
+
+def write_settings(
+    run_dir: Path, data: PathData, config: Config, seeds: Sequence[int] | None = None
+) -> None:
+    """Write config.json; `seeds` are those of a folder that holds several runs."""
+    settings: dict = {
+        "config": asdict(config),
+        "dataset": data.card,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    if seeds is not None:
+        settings["seeds"] = list(seeds)
+    write_json(run_dir / "config.json", settings)
 
 
 def read_run(run_dir: Path) -> tuple[dict, Config]:
-    """Return config.json's content, with "seeds" always there, and the `Config` in it."""
+    """Return config.json's content, with "seeds" always there, and the `Config` in it. UserError if
+    there is no such file, or if it is not one of this project's."""
     path = run_dir / "config.json"
     try:
-        settings = json.loads(path.read_text())
-        config = Config(**{field.name: settings["config"][field.name] for field in fields(Config)})
-        _ = MODELS[config.model], settings["processes"], settings["dataset"]["md5"]  # all there?
-        return {"seeds": [config.seed], **settings}, config
+        text = path.read_bytes()
     except OSError as error:
         why = f"config.json: {error.strerror}"
         raise UserError(f"{run_dir}: not the folder of a run ({why})") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of another version; train anew") from error
+    try:
+        settings = json.loads(text)
+        config = config_from(settings["config"])
+        known = config.model in MODELS and {"path", "md5"} <= settings["dataset"].keys()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: damaged, or of another version; train anew")
+    return {"seeds": [config.seed], **settings}, config
 
 
-def seed_dirs(run_dir: Path, seeds: Sequence[int], finished: bool = False) -> list[Path]:
+def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
     """Return each seed's folder: the run's own, or one of its folders where it has several."""
     if len(seeds) == 1:
         return [run_dir]
-    if finished and not (run_dir / "summary.json").exists():
-        raise UserError(f"{run_dir}: not all of its seeds are trained; --resume it first")
     return [run_dir / f"seed{seed}" for seed in seeds]
 
 
-def resume_command(run_dir: Path, processes: int) -> str:
+def finished_dirs(run_dir: Path) -> list[Path]:
+    """Return the folders of a finished run's models, one per seed. UserError if not all of its
+    seeds are trained."""
+    if (run_dir / "best.pt").exists():
+        return [run_dir]
+    seeds = read_run(run_dir)[0]["seeds"]
+    if len(seeds) > 1 and not (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir}: not all of its seeds are trained; --resume it first")
+    return seed_dirs(run_dir, seeds)
+
+
+def resume_command(run_dir: Path) -> str:
     """Return what to type to continue a run."""
-    start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
     script = str(Path(__file__).with_name("PathMNIST.py"))
     with contextlib.suppress(ValueError):  # on another drive than the working folder
         script = os.path.relpath(script)
-    return f"{start} {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
+    return f"python {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
 
 
 def write_history(path: Path, history: Sequence[dict]) -> None:
@@ -138,33 +188,43 @@ def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint into main memory, without running any code that it may hold. UserError if
     the file is missing, damaged, or not one of this project's checkpoints."""
     try:
-        with zipfile.ZipFile(path) as archive:  # what is none, is not unpickled at all
-            if archive.testzip():  # torch does not compare the checksums
-                raise ValueError("damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint[key], dict) for key in ("model", "config", "identity")
-        ):
-            raise TypeError("other values")
-        return checkpoint
+        with zipfile.ZipFile(path) as archive:  # never unpickle a file that is not a zip archive
+            intact = archive.testzip() is None  # torch does not compare the checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except OSError as error:
         what = f"{path}: no checkpoint that can be read ({error.strerror})"
         raise UserError(f"{what}; give the folder of a finished run") from error
     except Exception as error:  # torch and pickle raise a dozen types on damaged bytes
-        what = f"{path}: damaged, or not a checkpoint of this project"
-        raise UserError(f"{what}; train anew") from error
+        if lacks_memory(error):
+            raise
+        checkpoint = None
+    parts = ("model", "config", "identity")
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(part), dict) for part in parts
+    ):
+        raise UserError(f"{path}: damaged, or not a checkpoint of this project; train anew")
+    return checkpoint
 
 
-def load_model(run_dir: Path, device: str) -> tuple[nn.Module, dict]:
-    """Return a finished run's best model, in evaluation mode, and its checkpoint."""
-    path = run_dir / "best.pt"
-    checkpoint = load_checkpoint(path)
-    name, size = checkpoint["config"].get("model"), checkpoint["identity"].get("size")
-    if name not in list(MODELS) or size not in SIZES:  # a list: the name may be of any type
-        raise UserError(f"{path}: a {name!r} for {size!r} px, which is not known; train anew")
-    model = MODELS[name]()
+def load_weights(model: TissueModel, checkpoint: dict, path: Path) -> None:
+    """Copy a checkpoint's weights into the model; UserError if they are another network's."""
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit a {name}; train anew") from error
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+        if lacks_memory(error):
+            raise
+        raise UserError(f"{path}: its weights do not fit the model; train anew") from error
+
+
+def load_model(run_dir: Path, device: str) -> tuple[TissueModel, dict]:
+    """Return a finished run's best model, in evaluation mode, and its checkpoint."""
+    path = run_dir / "best.pt"
+    checkpoint = load_checkpoint(path)
+    name = checkpoint["config"].get("model")
+    size = checkpoint["identity"].get("size")
+    if name not in list(MODELS) or size not in SIZES:  # a list: the name may be of any type
+        raise UserError(f"{path}: a {name!r} for {size!r} px, which is not known; train anew")
+    model = MODELS[name]()
+    load_weights(model, checkpoint, path)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return model.eval(), checkpoint
