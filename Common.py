@@ -59,6 +59,27 @@ class Stopped(BaseException):
         self.advice = ""  # how to continue, added by whoever knows
 
 
+class Terminal:
+    """A terminal's stream that goes silent when the terminal is closed: the run needs none."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write and flush, as long as somebody is there."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows a module's text as it is, and an error in one line."""
 
@@ -159,19 +180,22 @@ def run_script(main: Callable[..., int | None], *args: Any) -> int:
 def prepare_output() -> None:
     """Make stdout and stderr usable whatever they are connected to, and independent of the user's
     matplotlib backend."""
-    if sys.stdout is None:  # closed by whoever started the process
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # show each line at once, in a file too
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream.isatty():
+            setattr(sys, name, Terminal(stream))
     if "IPython" not in sys.modules:  # a notebook's backend is unknown in its child processes
         os.environ.pop("MPLBACKEND", None)
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether the error says that memory is full; PyTorch then raises a RuntimeError."""
-    full = re.search("out of memory|allocate memory", str(error))
+    """Return whether the error says that memory, or the number of threads, is exhausted. PyTorch
+    and Python then raise a RuntimeError."""
+    full = re.search("out of memory|allocate memory|start new thread", str(error))
     return isinstance(error, MemoryError) or full is not None
 
 

@@ -143,15 +143,8 @@ class Log:
         options = ("model", "epochs", "batch_size", "lr", "seed")
         values = {option: getattr(self.config, option) for option in options}
         scores = {}
-        for key, name in (
-            ("val", "accuracy"),
-            ("val", "auc"),
-            ("test", "accuracy"),
-            ("test", "auc"),
-            ("test_tta", "accuracy"),
-        ):
-            if results[key][name] is not None:
-                scores[f"results/{key} {name}"] = results[key][name]
+        for key in Evaluation.RESULTS:
+            scores[f"results/{key} accuracy"] = results[key]["accuracy"]
         for summary in hparams(values, scores, {"model": list(MODELS)}):
             self.run.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         for tag, score in scores.items():

@@ -189,7 +189,9 @@ def result_figures(
     note = Figures.split_note("test", data.kind)
     images, labels, test = data.images["test"], data.labels["test"], probs["test"]
     right = test.argmax(axis=1) == labels
-    shown = np.concatenate([np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]])
+    first, wrong = np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]
+    shown = np.concatenate([first, wrong])
+    cam_note = f"{note}: first {len(first)} right and first {len(wrong)} wrong"
     heatmaps = grad_cam(model, images[shown])
     bins, ece = reliability_bins(test, labels), results["test"]["ece"]
     table = layer_table(model, data.size)
@@ -203,7 +205,7 @@ def result_figures(
         "examples_incorrect": Figures.examples_figure(images, labels, test, False, note),
         "reliability_test": Figures.reliability_figure(*bins, ece, note),
         "gradcam_test": Figures.gradcam_figure(
-            images[shown], heatmaps, labels[shown], test[shown], note
+            images[shown], heatmaps, labels[shown], test[shown], cam_note
         ),
         "architecture": Figures.architecture_figure(table, type(model).__name__),
     }
@@ -223,16 +225,14 @@ def summarise_seeds(
     deviation over the seeds, and the metrics of their ensemble, the mean of the probabilities."""
     summary: dict = {"dataset": data.card, "seeds": [run["seed"] for run in results]}
     for key, (split, _) in RESULTS.items():
-        mean, std = {}, {}
-        for name in ("accuracy", "auc", "macro_f1", "balanced_accuracy", "loss", "ece"):
+        summary[key] = {"mean": {}, "std": {}}
+        for name in ("accuracy", "auc", "macro_f1", "loss", "ece"):
             values = [run[key][name] for run in results]
             if None not in values:  # of an AUC that is undefined
-                mean[name] = float(np.mean(values))
-                std[name] = float(np.std(values, ddof=1))
+                summary[key]["mean"][name] = float(np.mean(values))
+                summary[key]["std"][name] = float(np.std(values, ddof=1))
         together = np.mean([run[key] for run in probs], axis=0)
-        ensemble = compute_metrics(together, data.labels[split])
-        summary[key] = {"mean": mean, "std": std, "ensemble": ensemble}
-    summary["train_seconds"] = [run.get("train_seconds") for run in results]
+        summary[key]["ensemble"] = compute_metrics(together, data.labels[split])
     return summary
 
 

@@ -312,28 +312,17 @@ def _layer_names(rows: Sequence[tuple]) -> str:
 def sample_grid(images: ndarray, labels: ndarray, kind: str, columns: int = 6) -> Figure:
     """Show random images, uint8 (N, S, S, 3), of every class, one row a class, drawn with seed 0:
     `columns` of them, fewer where the class has fewer. `kind` is that of the data."""
-    size = images.shape[1]
-    gap = max(1, size // 14)
-    pitch = size + gap
+    figure = _figure(7.8, _data_title(kind, "random train images of each class"), "", "")
+    grid = figure.subplots(len(CLASSES), columns)
     rng = np.random.default_rng(0)
-    canvas = np.full((9 * pitch - gap, columns * pitch - gap, 3), 255, dtype=np.uint8)
-    for row in CLASSES:
-        of_class = np.flatnonzero(labels == row)
-        chosen = rng.choice(of_class, min(columns, len(of_class)), replace=False)
-        for column, index in enumerate(chosen):
-            top, left = row * pitch, column * pitch
-            canvas[top : top + size, left : left + size] = images[index]
-    # In pixels at 100 dpi: 28 px tiles are enlarged exactly 3 times, their names take 290.
-    width = 3 * 30 * columns - 6
-    figure = Figure(figsize=(width / 100 + 3.1, 8.7))
-    axes = figure.add_axes((290 / (width + 310), 12 / 870, width / (width + 310), 804 / 870))
-    axes.grid(False)
-    axes.imshow(canvas, interpolation="nearest" if size == 28 else None)
-    axes.set_yticks(np.arange(9) * pitch + size / 2, _class_labels(), fontsize=14)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.suptitle(_data_title(kind, "random train images of each class"), fontsize=16)
+    for label, row in enumerate(grid):
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        chosen = rng.permutation(np.flatnonzero(labels == label))
+        for axes, index in zip(row, chosen, strict=False):
+            axes.imshow(images[index], interpolation="nearest")
+        row[0].set_ylabel(_class_name(label), rotation=0, ha="right", va="center")
     return figure
 
 
@@ -341,23 +330,21 @@ def sample_grid(images: ndarray, labels: ndarray, kind: str, columns: int = 6) -
 def class_distribution(labels: Mapping[str, ndarray], kind: str) -> Figure:
     """Show each class's share of the three splits, with the counts. `labels` are those of each
     split, `kind` is that of the data."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.add_subplot()
+    figure = _figure(9, _data_title(kind, "class distribution"), "", "Beside each bar: images.")
+    axes = figure.subplots()
     for index, (split, colour) in enumerate(SPLIT_COLOURS.items()):
-        counts = np.bincount(labels[split], minlength=9)
+        counts = np.bincount(labels[split], minlength=len(CLASSES))
         percent = 100 * counts / counts.sum()
-        name = f"{split} ({counts.sum():,} images)"
-        height = np.arange(9) + (index - 1) * 0.28
+        name = f"{split} ({counts.sum():,})"
+        height = np.add(CLASSES, (index - 1) * 0.28)
         bars = axes.barh(height, percent, 0.27, color=colour, label=name)
-        axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=12)
-    axes.set_yticks(np.arange(9), _class_labels(), fontsize=14)
+        axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=10)
+    axes.set_yticks(CLASSES, [_class_name(label) for label in CLASSES])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.1, y=0.02)
-    axes.tick_params(axis="x", labelsize=13)
-    axes.set_xlabel("share of the split, % (beside the bar: images)", fontsize=14)
-    axes.set_title(_data_title(kind, "class distribution"), fontsize=16)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=14)
+    axes.set_xlabel("share of the split, %")
+    _legend_above(axes, "right", 3)
     return figure
 
 
@@ -367,10 +354,9 @@ def _data_title(kind: str, text: str) -> str:
     return f"{names.get(kind, 'PathMNIST, a subset')}: {text}"
 
 
-def _class_labels() -> list[str]:
-    """Return "name (CODE)" of each class, wrapped to fit beside an axis."""
-    pairs = zip(CLASS_NAMES, SHORT_NAMES, strict=True)
-    return [textwrap.fill(f"{name} ({code})", 24) for name, code in pairs]
+def _class_name(label: int) -> str:
+    """Return "name (CODE)" of a class, wrapped to fit beside an axis."""
+    return textwrap.fill(f"{CLASS_NAMES[label]} ({SHORT_NAMES[label]})", 24)
 
 
 def _figure(height: float, title: str, note: str, caption: str) -> Figure:
@@ -386,7 +372,8 @@ def _figure(height: float, title: str, note: str, caption: str) -> Figure:
 def _legend_above(axes: Axes, side: str, columns: int) -> None:
     """Put the legend over the axes at the left or right, where it hides no data."""
     x = 0 if side == "left" else 1
-    axes.legend(loc=f"lower {side}", bbox_to_anchor=(x, 1), ncols=columns, columnspacing=1)
+    place: Any = f"lower {side}"
+    axes.legend(loc=place, bbox_to_anchor=(x, 1), ncols=columns, columnspacing=1)
 
 
 def _tiles(

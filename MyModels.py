@@ -1,17 +1,16 @@
 """The models: a small CNN with skip connections, and a ResNet-18 to compare it with.
 
-python MyModels.py                  # layer table of the default model
-python MyModels.py --model resnet18 --size 64
+model = MODELS["skipcnn"]()
+logits = model(images)      # float (N, 3, S, S) in [0, 1] -> (N, 9)
 """
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from Common import CLASSES, Parser, plain_table, run_script
+from Common import CLASSES
 
 NUM_CLASSES = len(CLASSES)
 HALF = (0.5, 0.5, 0.5)
@@ -199,18 +198,3 @@ def layer_texts(model: TissueModel, size: int) -> list[list[str]]:
         rows.append([name, kind, kernel, shape, f"{parameters:,}"])
     rows.append(["total", "", "", "", f"{count_parameters(model):,}"])
     return rows
-
-
-def main() -> None:
-    """Print a model's layer table."""
-    parser = Parser(__doc__)
-    parser.add_argument("--model", choices=MODELS, default="skipcnn", help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=28, help="image size in px (default: 28)")
-    args = parser.parse_args()
-    if not 8 <= args.size <= 1024:
-        parser.error("--size: 8 to 1024 px")
-    print(plain_table(layer_texts(MODELS[args.model](), args.size)), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

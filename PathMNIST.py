@@ -1,12 +1,12 @@
 """Train a small CNN on PathMNIST and evaluate it on val and test.
 
-    python PathMNIST.py                                   # find the data, train, evaluate
+    python PathMNIST.py                       # find the data, train, evaluate
     python PathMNIST.py --data pathmnist.npz --seeds 0 1 2 3 4
-    python PathMNIST.py --resume runs/NAME                # go on after an interruption
-    python PathMNIST.py --evaluate runs/NAME              # evaluate again, no training
+    python PathMNIST.py --resume runs/NAME    # continue an interrupted run
+    python PathMNIST.py --evaluate runs/NAME  # evaluate again, no training
 
-Every run leaves its own folder: TensorBoard log, weights, metrics, figures, predictions. New tiles
-are classified by Predict.py.
+Every run leaves its own folder: TensorBoard log, weights, metrics, figures,
+predictions. New tiles are classified by Predict.py.
 """
 
 import signal
@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the process without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -90,7 +91,10 @@ def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: P
             runs = []
             for seed, seed_dir in zip(seeds, Runs.seed_dirs(run_dir, seeds), strict=True):
                 seed_dir.mkdir(exist_ok=True)
-                runs.append(train(data, replace(config, seed=seed), seed_dir))
+                if Runs.is_finished(seed_dir):
+                    runs.append(read_results(data, seed_dir, config.device))
+                else:
+                    runs.append(train(data, replace(config, seed=seed), seed_dir))
             summarise_seeds(runs, data, run_dir)
     except Stopped as stopped:
         if (run_dir / "config.json").exists():
@@ -111,6 +115,14 @@ def train(data: PathData, config: Config, run_dir: Path) -> Results:
         results, probs = evaluate(model, data, config, training, run_dir)
         log.results(results, probs)
     return results, probs
+
+
+def read_results(data: PathData, run_dir: Path, device: str) -> Results:
+    """Return the results of a finished run."""
+    print(f"{run_dir}: finished before")
+    results = json.loads((run_dir / "metrics.json").read_text())
+    model, _ = Runs.load_model(run_dir, device)
+    return results, predict_all(model, data)
 
 
 def make_model(data: PathData, config: Config) -> TissueModel:
@@ -198,6 +210,8 @@ def resume_run(args: argparse.Namespace) -> None:
     run_dir = args.resume
     settings, config = Runs.read_run(run_dir)
     config = replace(config, device=Training.choose_device(args.device or config.device))
+    for folder in Runs.seed_dirs(run_dir, settings["seeds"]):
+        Runs.check_resumable(folder)
     data = data_of_run(args, settings)
     if data.md5 != settings["dataset"]["md5"]:
         what = f"{data.path}: not the file that {run_dir} was trained on"
@@ -210,25 +224,24 @@ def evaluate_again(args: argparse.Namespace) -> None:
     run_dir = args.evaluate
     device = Training.choose_device(args.device or "auto")
     settings, _ = Runs.read_run(run_dir)
-    data = data_of_run(args, settings)
+    folders = Runs.finished_dirs(run_dir)
+    data, trained = data_of_run(args, settings), settings["dataset"]
+    if data.size != trained["size"]:
+        what = f"{data.path}: images of {data.size} px, but {run_dir} knows {trained['size']} px"
+        raise UserError(f"{what}; give --data of that size")
     subfolder = "."
-    if data.md5 != settings["dataset"]["md5"]:
+    if data.md5 != trained["md5"]:
         subfolder = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
         print(f"Not the data that {run_dir} was trained on:\nresults go to its folder {subfolder}")
-    folders = Runs.finished_dirs(run_dir)
-    loaded = [Runs.load_model(folder, device) for folder in folders]
     runs = []
-    for folder, (model, checkpoint) in zip(folders, loaded, strict=True):
-        size = checkpoint["identity"]["size"]
-        if size != data.size:
-            what = f"{data.path}: images of {data.size} px, but {run_dir} knows {size} px"
-            raise UserError(f"{what}; give --data of that size")
+    for folder in folders:
+        model, checkpoint = Runs.load_model(folder, device)
         if "training" not in checkpoint:
             print(f"{folder}: stopped before its end; --resume finishes it")
+        out_dir = folder / subfolder
+        out_dir.mkdir(exist_ok=True)
         config = Runs.config_from(checkpoint["config"])
-        training = checkpoint.get("training", {})
-        (folder / subfolder).mkdir(exist_ok=True)
-        runs.append(evaluate(model, data, config, training, folder / subfolder))
+        runs.append(evaluate(model, data, config, checkpoint.get("training", {}), out_dir))
     if len(runs) > 1:
         (run_dir / subfolder).mkdir(exist_ok=True)
         summarise_seeds(runs, data, run_dir / subfolder)

@@ -1,10 +1,11 @@
 """Classify images of tissue with a trained model.
 
-    python Predict.py tile.png folder/                    # with the committed runs/best
-    python Predict.py folder/ --run runs/NAME --explain   # with another run, and Grad-CAM pictures
+    python Predict.py tile.png folder/                  # with runs/best
+    python Predict.py folder/ --run runs/NAME --explain # with Grad-CAM
 
-Any images that Pillow reads are converted to RGB and shrunk to the model's size as PathMNIST was
-made. Writes predictions.csv; probabilities are means over the eight flips and quarter turns.
+Any images that Pillow reads are converted to RGB and shrunk to the model's size
+as PathMNIST was made. Writes predictions.csv; the probabilities are means over
+the eight flips and quarter turns of a tile.
 """
 
 import signal

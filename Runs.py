@@ -134,7 +134,7 @@ def read_run(run_dir: Path) -> tuple[dict, Config]:
     try:
         settings = json.loads(text)
         config = config_from(settings["config"])
-        known = config.model in MODELS and {"path", "md5"} <= settings["dataset"].keys()
+        known = config.model in MODELS and {"path", "md5", "size"} <= settings["dataset"].keys()
     except (ValueError, LookupError, TypeError, AttributeError):
         known = False
     if not known:
@@ -147,6 +147,24 @@ def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
     if len(seeds) == 1:
         return [run_dir]
     return [run_dir / f"seed{seed}" for seed in seeds]
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    if not (run_dir / "metrics.json").exists():
+        return False
+    return "training" in load_checkpoint(run_dir / "best.pt")
+
+
+def check_resumable(run_dir: Path) -> None:
+    """Raise a UserError where a resumed run would start again and replace results that are there.
+    A run that was stopped before its first checkpoint has none, and may start again."""
+    if (run_dir / "last.pt").exists():
+        return
+    for name in ("best.pt", "metrics.json"):
+        if (run_dir / name).exists():
+            what = f"{run_dir}: cannot be resumed without its last.pt"
+            raise UserError(f"{what}; train anew, or use --evaluate")
 
 
 def finished_dirs(run_dir: Path) -> list[Path]:

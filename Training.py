@@ -151,11 +151,12 @@ def train_step(
 def predict(
     model: nn.Module, batches: Iterable, eight_views: bool = False
 ) -> tuple[ndarray, ndarray]:
-    """Return class probabilities, float32 (N, 9), and labels, int64 (N,), of batches of uint8
-    images and labels, such as a loader's. The one path to probabilities: validation, test, figures and new tiles all come here. With
-    `eight_views` they are means over the flips and quarter turns that training draws from. Computed
-    in float32, whatever the training precision (a GPU's convolutions in TF32, as is PyTorch's
-    default); the model is left as it was, in train or eval mode."""
+    """Return class probabilities, float32 (N, 9), and labels, int64 (N,), for batches of images,
+    uint8 (n, S, S, 3), and labels (n,), such as a loader's. Validation, test, figures and new tiles
+    all come here. With `eight_views` the probabilities are means over the flips and quarter turns
+    that training draws from. Computed in float32, whatever the training precision (a GPU's
+    convolutions in TF32, as is PyTorch's default); the model is left as it was, in train or eval
+    mode."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -1,10 +1,8 @@
-"""Find, check and describe the PathMNIST data: tables on the terminal, two figures as PNG.
+"""Find, check and describe the PathMNIST data: tables and two figures.
 
-    python analyze_data.py                           # finds the file, downloads it if need be
-    python analyze_data.py --data pathmnist.npz      # a file, or a folder holding pathmnist.npz
-    python analyze_data.py --data ~/data --out figures
-
-The other scripts use `find_data` and `load_data`. No torch is imported here, so this starts fast.
+python analyze_data.py                        # finds or downloads it
+python analyze_data.py --data pathmnist.npz   # a file, or its folder
+python analyze_data.py --data ~/data --out figures
 """
 
 import signal
@@ -71,11 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         what = f"--out {args.out}: not a folder that can be made ({error.strerror})"
         raise UserError(f"{what}; choose another") from error
-    samples, distribution = args.out / "samples.png", args.out / "class_distribution.png"
-    train_images, train_labels = data.images["train"], data.labels["train"]
-    Figures.save(Figures.sample_grid(train_images, train_labels, data.kind), samples, dpi=100)
-    Figures.save(Figures.class_distribution(data.labels, data.kind), distribution, dpi=100)
-    print(f"\nfigures        {samples}\n               {distribution}")
+    figures = {
+        "samples": Figures.sample_grid(data.images["train"], data.labels["train"], data.kind),
+        "class_distribution": Figures.class_distribution(data.labels, data.kind),
+    }
+    print()
+    for name, figure in figures.items():
+        path = args.out / f"{name}.png"
+        Figures.save(figure, path)
+        print(f"figure         {path}")
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,7 @@ def channel_stats(images: ndarray) -> tuple[ndarray, ndarray]:
     Images are uint8 (N, S, S, 3); both results are float64 (3,), in units of full scale (0 to 1).
     """
     histogram = np.zeros((3, 256), dtype=np.int64)
-    step = max(1, 2**20 // images[0, ..., 0].size)
-    for start in range(0, len(images), step):
-        chunk = images[start : start + step]
+    for chunk in np.array_split(images, 1 + images.nbytes // 2**22):
         for channel in range(3):
             histogram[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
     values = np.arange(256) / 255
