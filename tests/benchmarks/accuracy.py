@@ -48,7 +48,12 @@ from Runs import Config  # noqa: E402
 
 IMAGES = (900, 3_600, 14_400)
 EPOCHS = (1, 2, 4, 8, 60)
-SCORES = ("val", "shift", "test", "test_tta")
+SCORES = {  # key -> split, and whether the probabilities are means over eight views
+    "val": ("val", False),
+    "shift": ("shift", False),
+    "test": ("test", False),
+    "test_tta": ("test", True),
+}
 
 # Test accuracy on the official file as others published it; nothing of it was run here.
 PUBLISHED = {
@@ -92,11 +97,10 @@ def scores(model: nn.Module, data: PathData, folder: Path) -> dict[str, object]:
     """Return the accuracy on val, simulated shift and test, on test over eight views, and the
     recall there; leave the probabilities on test in the folder, for the ensemble."""
     row, probs = {"parameters": count_parameters(model)}, {}
-    for key in SCORES:
-        loader = eval_loader(data, key.removesuffix("_tta"))
-        probs[key], labels = Training.predict(model, loader, 8 if key.endswith("_tta") else 1)
+    for key, (split, eight_views) in SCORES.items():
+        probs[key], labels = Training.predict(model, eval_loader(data, split), eight_views)
         row[key] = float((probs[key].argmax(1) == labels).mean())
-        if key in ("test", "test_tta"):
+        if split == "test":
             recall = recall_score(labels, probs[key].argmax(1), average=None)
             row[f"recall_{key}"] = dict(zip(SHORT_NAMES, recall.tolist(), strict=True))
     np.savez(folder / "probs.npz", test=probs["test"], test_tta=probs["test_tta"])
@@ -185,7 +189,9 @@ def fit_logistic(data: PathData, seed: int, folder: Path, features: Callable) ->
     model = LogisticRegression(C=1e3, max_iter=1000).fit(x["train"], data.labels["train"])
     row = {"epochs": 0, "seconds": time.perf_counter() - start}
     row["parameters"] = model.coef_.size + model.intercept_.size
-    return row | {key: float(model.score(x[key], data.labels[key])) for key in SCORES[:3]}
+    for split in ("val", "shift", "test"):
+        row[split] = float(model.score(x[split], data.labels[split]))
+    return row
 
 
 def rows() -> dict[str, tuple[Callable[[PathData, int, Path], dict], int]]:

@@ -1,8 +1,7 @@
 """How fast loading, training, evaluation and data analysis are, as ratios within one run.
 
-    python tests/benchmarks/speed.py                     # makes the full-size synthetic file
-    python tests/benchmarks/speed.py --data full.npz     # uses that file
-    python tests/benchmarks/speed.py --shares            # without the three whole runs
+    python tests/benchmarks/speed.py --data data/pathmnist.npz
+    python tests/benchmarks/speed.py --data data/pathmnist.npz --shares    # without the whole runs
 
 Prints a Markdown table and writes speed.json next to this file. Loader, steps (in turn) and
 start-up are medians of several repetitions; epochs and whole runs, which take minutes, are run
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -95,7 +93,7 @@ def our_step(data: PathData, config: Config) -> Callable[[], None]:
     generator = torch.Generator(config.device).manual_seed(0)
 
     def step() -> None:
-        Training.train_step(state.model, state.optimizers, images, labels, generator, config)
+        Training.train_step(state, images, labels, generator)
 
     return step
 
@@ -152,7 +150,7 @@ def epoch_speed(data: PathData, config: Config, folder: Path) -> dict[str, float
     val = make_loader(data, "val", Training.eval_batch(data.size), config.device)
     state = Training.TrainingState(SkipCNN(), config, folder)
     start = time.perf_counter()
-    Training.train_one_epoch(state.model, state, train, 0, tqdm(disable=True))
+    Training.train_one_epoch(state, train, 0, lambda: None)
     middle = time.perf_counter()
     Training.predict(state.model, val)
     return {"epoch, training": middle - start, "epoch, validation": time.perf_counter() - middle}
@@ -244,7 +242,7 @@ def markdown(results: dict) -> str:
 def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", help="npz file (default: make a full-size synthetic one)")
+    parser.add_argument("--data", required=True, help="npz file")
     parser.add_argument(
         "--shares", type=float, nargs="*", default=(0.1, 0.3, 1.0), help="of whole runs"
     )
@@ -253,10 +251,7 @@ def main() -> None:
     Training.prepare_processor()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = Path(args.data) if args.data else folder / "full.npz"
-        if not args.data:
-            child("data/make_synthetic.py", "--full", "--out", path)
-        data = load_data(path.resolve())
+        data = load_data(Path(args.data).resolve())
         config = Training.resolve(Config(), data.counts["train"])
         machine = {
             "threads": torch.get_num_threads(),
