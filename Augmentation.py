@@ -49,36 +49,48 @@ def random_view(images: Tensor, generator: Generator, shift: int = 2) -> Tensor:
     has no "up", so the eight flips and turns are equally likely. Shifts are whole pixels, reflected
     at the border: nothing is interpolated. Images are uint8 (N, S, S, 3) and stay so."""
     n, size = images.shape[:2]
+    rows = random_positions(n, size, shift, generator)
+    columns = random_positions(n, size, shift, generator)
+    # Number an image's pixels row by row: each pixel of the view then shows pixel number...
+    source = rows[:, :, None] * size + columns[:, None, :]
+    # Flips and a swap of rows and columns together make all eight flips and turns.
+    is_swapped = torch.rand(n, 1, 1, generator=generator, device=images.device) < 0.5
+    source = torch.where(is_swapped, source.transpose(1, 2), source)
+    source = source.reshape(n, -1, 1).expand(-1, -1, 3)
+    return images.reshape(n, size * size, 3).gather(1, source).view_as(images)
 
-    def indices() -> Tensor:
-        def draw(low: int, high: int) -> Tensor:
-            return torch.randint(low, high, (n, 1), generator=generator, device=images.device)
 
-        index = (torch.arange(size, device=images.device) + draw(-shift, shift + 1)).abs()
-        index = torch.where(index >= size, 2 * (size - 1) - index, index)
-        return torch.where(draw(0, 2).bool(), size - 1 - index, index)
-
-    # Where each pixel of the view lies in the image, whose rows are laid end to end.
-    flat = indices()[:, :, None] * size + indices()[:, None, :]
-    upright = torch.rand(n, 1, 1, generator=generator, device=images.device) >= 0.5
-    flat = torch.where(upright, flat, flat.transpose(1, 2)).reshape(n, -1, 1).expand(-1, -1, 3)
-    return images.reshape(n, size * size, 3).gather(1, flat).view_as(images)
+def random_positions(n: int, size: int, shift: int, generator: Generator) -> Tensor:
+    """Return which row (or column) of its image each row of a view shows, int64 (n, size). They are
+    shifted by up to `shift`, reflected at the border, and in reverse order in half of the images.
+    For size 4 and a shift of 1: 1 2 3 2, or in reverse 2 1 0 1."""
+    device = generator.device
+    offset = torch.randint(-shift, shift + 1, (n, 1), generator=generator, device=device)
+    position = (torch.arange(size, device=device) + offset).abs()
+    position = torch.where(position >= size, 2 * (size - 1) - position, position)
+    is_reversed = torch.randint(0, 2, (n, 1), generator=generator, device=device).bool()
+    return torch.where(is_reversed, size - 1 - position, position)
 
 
 def stain_jitter(images: Tensor, generator: Generator, width: float) -> Tensor:
     """Vary how strongly each stain took, and its colour, as another laboratory would. Light is
-    absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical density: the
-    density is split into haematoxylin, eosin and a rest, each is multiplied by 1 +- width and
-    shifted by +- width / 4, and the colour is put together again (Tellez et al. 2019, arXiv
-    1902.06543), with stains whose own densities in red, green and blue differ by up to 0.4 * width.
-    Images are float (N, 3, S, S) in [0, 1], and may leave that range."""
+    absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical density, which
+    is the negative logarithm of the light. A pixel's density is split into amounts of haematoxylin,
+    eosin and a rest. Each amount is multiplied by 1 +- width and shifted by +- width / 4, and the
+    density is put together again (Tellez et al. 2019, arXiv 1902.06543), from stains whose own
+    densities in red, green and blue differ by up to 0.4 * width. Images are float (N, 3, S, S) in
+    [0, 1], and may leave that range."""
     n, _, size, _ = images.shape
-    stains, to_stains = (m.to(images.device, non_blocking=True) for m in (HED, TO_HED))
+    to_amounts = TO_HED.to(images.device, non_blocking=True)
+    stains = HED.to(images.device, non_blocking=True)
     stains = stains + uniform(generator, -0.4 * width, 0.4 * width, n, 3, 3)
     gain = uniform(generator, 1 - width, 1 + width, n, 3, 1)
-    shift = uniform(generator, -width / 4, width / 4, n, 1, 3) @ stains
+    shift = uniform(generator, -width / 4, width / 4, n, 1, 3)
     density = -images.clamp_min(1 / 255).log().permute(0, 2, 3, 1).flatten(1, 2)
-    density = torch.baddbmm(shift, density, to_stains @ (gain * stains))
+    # The new density is (amounts * gain + shift) @ stains, where amounts = density @ to_amounts.
+    # There are many pixels, so everything that does not depend on them is multiplied first.
+    change = to_amounts @ (gain * stains)
+    density = torch.baddbmm(shift @ stains, density, change)
     return density.neg_().exp_().view(n, size, size, 3).permute(0, 3, 1, 2)
 
 
@@ -108,7 +120,9 @@ def cutmix(
         start = (uniform(generator, 0, 1, 1) * (size - side + 1)).floor()
         return (pixels >= start) & (pixels < start + side)
 
-    patch = inside()[:, None] & inside() & (uniform(generator, 0, 1, 1) < share)
+    rows, columns = inside(), inside()
+    is_on = uniform(generator, 0, 1, 1) < share
+    patch = rows[:, None] & columns & is_on  # nowhere, if this batch is not mixed
     area = patch.float().mean()
     images = torch.where(patch, images.flip(0), images)
     return images, (1 - area) * targets + area * targets.flip(0)

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -59,27 +59,6 @@ class Stopped(BaseException):
         self.advice = ""  # how to continue, added by whoever knows
 
 
-class Terminal:
-    """A terminal's stream that goes silent when the terminal is closed: the run needs none."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write and flush, as long as somebody is there."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows a module's text as it is, and an error in one line."""
 
@@ -121,14 +100,14 @@ def flush_to_disk(descriptor: int) -> None:
             raise
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: list) -> str:
     """Return rows of texts, the first of them the header, as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
 
-def plain_table(rows: Sequence[Sequence[str]]) -> str:
+def plain_table(rows: list) -> str:
     """Return rows of texts as columns for the terminal, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -141,6 +120,9 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write JSON that a person can read."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+# How a script starts and ends. The training can be understood without reading on.
 
 
 def run_script(main: Callable[..., int | None], *args: Any) -> int:
@@ -190,6 +172,27 @@ def prepare_output() -> None:
             setattr(sys, name, Terminal(stream))
     if "IPython" not in sys.modules:  # a notebook's backend is unknown in its child processes
         os.environ.pop("MPLBACKEND", None)
+
+
+class Terminal:
+    """A terminal's stream that goes silent when the terminal is closed: the run needs none."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write and flush, as long as somebody is there."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -122,7 +122,7 @@ class Log:
         """Log a figure."""
         self.run.add_image(f"pictures/{name}", Figures.pixels(figure), step, dataformats="HWC")
 
-    def results(self, results: dict, probs: dict[str, ndarray]) -> None:
+    def results(self, results: dict, probs: dict) -> None:
         """Log the saved figures, precision-recall curves, the table of results and the row in
         HParams. The step is one behind the last epoch: what a resumed run logs replaces it."""
         step = results["epochs"] + 1

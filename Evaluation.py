@@ -7,7 +7,6 @@ Everywhere, `probs` is float (N, 9) with rows that sum to 1, `labels` is int (N,
 1 or more.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import Figures
 from analyze_data import PathData
 from Augmentation import to_float
-from Common import CLASS_NAMES, CLASSES, write_atomically, write_json
+from Common import CLASS_NAMES, CLASSES, write_atomically
 from MyModels import TissueModel, layer_table
 
 # What is evaluated: the key in metrics.json, the split, and whether the probabilities are means
@@ -152,7 +151,7 @@ def reliability_bins(probs: ndarray, labels: ndarray) -> tuple[ndarray, ndarray,
     return counts, hits / np.maximum(counts, 1), total / np.maximum(counts, 1)
 
 
-def result_texts(metrics_by_key: Mapping) -> list[list[str]]:
+def result_texts(metrics_by_key: dict) -> list[list]:
     """Return the rows of a table with one row per evaluation, the first row being the header. A key
     is one of `RESULTS`, its value is what `compute_metrics` returned."""
     rows = [["split", "images", "accuracy (95 % interval)", "AUC", "macro F1", "ECE", "loss"]]
@@ -166,11 +165,10 @@ def result_texts(metrics_by_key: Mapping) -> list[list[str]]:
     return rows
 
 
-def write_results(out_dir: Path, results: dict, probs: ndarray) -> None:
-    """Write metrics.json (`results`), and test's `probs` as `medmnist.Evaluator` writes them. That
-    (3.0.2, evaluator.py) is one line per image, `index,p0,...,p8`, no header; AUC and accuracy
-    stand in the file's name, and the size of the images unless it is 28 px."""
-    write_json(out_dir / "metrics.json", results)
+def write_predictions(out_dir: Path, results: dict, probs: ndarray) -> None:
+    """Write the probabilities on test as `medmnist.Evaluator` (3.0.2, evaluator.py) writes them:
+    one line per image, `index,p0,...,p8`, no header. AUC and accuracy stand in the file's name, and
+    the size of the images unless it is 28 px."""
     test, size = results["test"], results["dataset"]["size"]
     auc = float("nan") if test["auc"] is None else test["auc"]
     run = out_dir.resolve().name.replace(".", "_")  # medmnist's parser cuts it at a dot
@@ -182,7 +180,7 @@ def write_results(out_dir: Path, results: dict, probs: ndarray) -> None:
 
 
 def result_figures(
-    model: TissueModel, data: PathData, probs: dict[str, ndarray], results: dict
+    model: TissueModel, data: PathData, probs: dict, results: dict
 ) -> dict[str, Figure]:
     """Return every figure of results by its file name. `probs` and `results` have the keys of
     `RESULTS`."""
@@ -211,16 +209,14 @@ def result_figures(
     }
 
 
-def save_figures(out_dir: Path, figures: Mapping[str, Figure]) -> None:
+def save_figures(out_dir: Path, figures: dict) -> None:
     """Save figures by their names in the folder's own folder `figures`."""
     (out_dir / "figures").mkdir(exist_ok=True)
     for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
         Figures.save(figure, out_dir / "figures" / f"{name}.png")
 
 
-def summarise_seeds(
-    results: Sequence[dict], probs: Sequence[dict[str, ndarray]], data: PathData
-) -> dict:
+def summarise_seeds(results: list, probs: list, data: PathData) -> dict:
     """Return summary.json's content from each seed's results and probabilities: mean and standard
     deviation over the seeds, and the metrics of their ensemble, the mean of the probabilities."""
     summary: dict = {"dataset": data.card, "seeds": [run["seed"] for run in results]}
@@ -246,7 +242,7 @@ def grad_cam(model: TissueModel, images: ndarray, classes: ndarray | None = None
     device = next(model.parameters()).device
     # An input that needs a gradient makes every activation differentiable, frozen weights or not.
     inputs = to_float(torch.from_numpy(images).to(device)).requires_grad_()
-    activations: list[Tensor] = []
+    activations: list = []
 
     def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         activations.append(output)

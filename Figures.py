@@ -9,7 +9,8 @@ Everywhere, `probs` is float (N, 9) with rows that sum to 1, `labels` is int (N,
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def split_note(split: str, kind: str) -> str:
 
 
 @house_style
-def learning_curves(history: Sequence[Mapping], best_epoch: int, kind: str = "") -> Figure:
+def learning_curves(history: list, best_epoch: int, kind: str = "") -> Figure:
     """Draw loss and accuracy of train and val, and the learning rate, over the epochs. `history` is
     what `fit` returned; `best_epoch` is the one whose weights were kept, `kind` the data's."""
     caption = (
@@ -99,7 +100,7 @@ def learning_curves(history: Sequence[Mapping], best_epoch: int, kind: str = "")
 
 
 @house_style
-def confusion_figure(matrix: Sequence[Sequence[int]] | ndarray, note: str = "") -> Figure:
+def confusion_figure(matrix: list | ndarray, note: str = "") -> Figure:
     """Draw a confusion matrix (9, 9), rows true: counts and percent of the row in each cell."""
     counts = np.asarray(matrix)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -124,7 +125,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]] | ndarray, note: str = "") 
 
 
 @house_style
-def per_class_figure(metrics: Mapping, note: str = "") -> Figure:
+def per_class_figure(metrics: dict, note: str = "") -> Figure:
     """Draw precision and recall of each class as bars, from what `compute_metrics` returned."""
     rows = [metrics["per_class"][name] for name in CLASS_NAMES]
     figure = _figure(8, "Precision and recall by class", note, f"n: images of the class.\n{CODES}")
@@ -150,10 +151,10 @@ def examples_figure(
     They are sorted by true class."""
     candidates = np.flatnonzero((probs.argmax(axis=1) == labels) == correct)
     drawn = np.random.default_rng(0).permutation(candidates)
-    pairs = np.stack([labels[drawn], probs[drawn].argmax(axis=1)])
-    _, firsts, sizes = np.unique(pairs, axis=1, return_index=True, return_counts=True)
-    firsts = firsts[np.argsort(-sizes, kind="stable")]
-    chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:12]
+    pairs = [(labels[index], probs[index].argmax()) for index in drawn]
+    common = Counter(sorted(pairs)).most_common()
+    firsts = [pairs.index(pair) for pair, _ in common]  # one image of each pair of classes
+    chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:12].astype(int)
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     kind = "Correctly" if correct else "Incorrectly"
     each = "class" if correct else "confusion (or of the commonest)"
@@ -211,7 +212,7 @@ def augmentation_figure(plain: ndarray, augmented: ndarray, note: str = "") -> F
 def gradcam_figure(
     images: ndarray,
     heatmaps: ndarray,
-    labels: Sequence[int | None],
+    labels: list,
     probs: ndarray,
     note: str = "",
 ) -> Figure:
@@ -256,7 +257,7 @@ def predictions_figure(
 
 
 @house_style
-def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: str) -> Figure:
+def architecture_figure(table: list, name: str) -> Figure:
     """Draw the model's named stages as boxes, with what each holds and its output shape. `table` is
     what `MyModels.layer_table` returned. A part called "skip" is drawn as an arrow around the
     layers that it skips."""
@@ -279,7 +280,7 @@ def architecture_figure(table: Sequence[tuple[str, str, str, str, int]], name: s
     return figure
 
 
-def _draw_stage(axes: Axes, y: int, stage: str, rows: Sequence[tuple]) -> None:
+def _draw_stage(axes: Axes, y: int, stage: str, rows: list) -> None:
     """Draw one stage of the architecture as a box at height y."""
     main = _layer_names([row for row in rows if ".skip" not in row[0]])
     skip = _layer_names([row for row in rows if ".skip" in row[0]])
@@ -298,7 +299,7 @@ def _draw_stage(axes: Axes, y: int, stage: str, rows: Sequence[tuple]) -> None:
         axes.text(7, y + 0.2, skip, va="center", color=ORANGE, fontsize=9)
 
 
-def _layer_names(rows: Sequence[tuple]) -> str:
+def _layer_names(rows: list) -> str:
     """Return the layers' types and kernels (or units) as one text, or how many they are."""
     names = []
     for _, kind, kernel, shape, _ in rows:
@@ -327,7 +328,7 @@ def sample_grid(images: ndarray, labels: ndarray, kind: str, columns: int = 6) -
 
 
 @house_style
-def class_distribution(labels: Mapping[str, ndarray], kind: str) -> Figure:
+def class_distribution(labels: dict, kind: str) -> Figure:
     """Show each class's share of the three splits, with the counts. `labels` are those of each
     split, `kind` is that of the data."""
     figure = _figure(9, _data_title(kind, "class distribution"), "", "Beside each bar: images.")
@@ -379,7 +380,7 @@ def _legend_above(axes: Axes, side: str, columns: int) -> None:
 def _tiles(
     columns: int,
     tiles: ndarray,
-    titles: Sequence[tuple[str, str]],
+    titles: list,
     title: str,
     note: str,
     caption: str,

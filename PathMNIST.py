@@ -21,18 +21,19 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from numpy import ndarray
+from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 import Dashboard
 import Evaluation
 import Figures
+import Processor
 import Runs
 import Training
 from analyze_data import ROOT, PathData, channel_stats, find_data, load_data
@@ -49,13 +50,13 @@ from Common import (
 from MyModels import MODELS, TissueModel, count_parameters
 from Runs import Config
 
-Results = tuple[dict, dict[str, ndarray]]  # metrics.json's content, probabilities
+Results = tuple[dict, dict]  # metrics.json's content, probabilities
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     """Do what the command line asks for."""
     args = parse_args(argv)
-    Training.prepare_processor()
+    Processor.prepare()
     if args.evaluate:
         evaluate_again(args)
     elif args.resume:
@@ -66,12 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def new_run(args: argparse.Namespace) -> None:
     """Train one run, or with `--seeds` one per seed."""
-    device = Training.choose_device(args.device or "auto")
+    device = Processor.choose_device(args.device or "auto")
     data = load_data(find_data(args.data))
-    given = {field.name: getattr(args, field.name, None) for field in fields(Config)}
-    config = Config(**{name: value for name, value in given.items() if value is not None})
-    config = replace(config, device=device)
-    config = Training.resolve(config, data.counts["train"], data.kind)
+    config = make_config(args, data, device)
     seeds = list(dict.fromkeys(args.seeds or [config.seed]))
     name = f"{config.model}-seed{'-'.join(map(str, seeds))[:50]}-{time.strftime('%Y%m%d-%H%M%S')}"
     if data.kind == "synthetic":
@@ -80,26 +78,43 @@ def new_run(args: argparse.Namespace) -> None:
     train_seeds(data, config, seeds, run_dir)
 
 
-def train_seeds(data: PathData, config: Config, seeds: Sequence[int], run_dir: Path) -> None:
-    """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own."""
+def make_config(args: argparse.Namespace, data: PathData, device: str) -> Config:
+    """Return the options of a run: those of the command line, and the defaults for the others."""
+    given = {}
+    for field in fields(Config):
+        value = getattr(args, field.name, None)  # not every field has a flag
+        if value is not None:
+            given[field.name] = value
+    given["device"] = device
+    return Training.resolve(Config(**given), data.counts["train"], data.kind)
+
+
+def train_seeds(data: PathData, config: Config, seeds: list, run_dir: Path) -> None:
+    """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own. When the
+    user stops it, say how to go on."""
     try:
         if len(seeds) == 1:
-            train(data, replace(config, seed=seeds[0]), run_dir)
-            return
-        with Runs.locked(run_dir):
-            Runs.write_settings(run_dir, data, config, seeds)
-            runs = []
-            for seed, seed_dir in zip(seeds, Runs.seed_dirs(run_dir, seeds), strict=True):
-                seed_dir.mkdir(exist_ok=True)
-                if Runs.is_finished(seed_dir):
-                    runs.append(read_results(data, seed_dir, config.device))
-                else:
-                    runs.append(train(data, replace(config, seed=seed), seed_dir))
-            summarise_seeds(runs, data, run_dir)
+            train(data, config, run_dir)
+        else:
+            train_each(data, config, seeds, run_dir)
     except Stopped as stopped:
         if (run_dir / "config.json").exists():
             stopped.advice = f"; go on with: {Runs.resume_command(run_dir)}"
         raise
+
+
+def train_each(data: PathData, config: Config, seeds: list, run_dir: Path) -> None:
+    """Train one run per seed and summarise them. Seeds that are finished already are only read."""
+    with Runs.locked(run_dir):
+        Runs.write_settings(run_dir, data, config, seeds)
+        runs = []
+        for seed, seed_dir in zip(seeds, Runs.seed_dirs(run_dir, seeds), strict=True):
+            seed_dir.mkdir(exist_ok=True)
+            if Runs.is_finished(seed_dir):
+                runs.append(read_results(data, seed_dir, config.device))
+            else:
+                runs.append(train(data, replace(config, seed=seed), seed_dir))
+        summarise_seeds(runs, data, run_dir)
 
 
 def train(data: PathData, config: Config, run_dir: Path) -> Results:
@@ -114,6 +129,7 @@ def train(data: PathData, config: Config, run_dir: Path) -> Results:
         training = Training.how_trained(history)
         results, probs = evaluate(model, data, config, training, run_dir)
         log.results(results, probs)
+    finish(results, run_dir)
     return results, probs
 
 
@@ -135,9 +151,9 @@ def make_model(data: PathData, config: Config) -> TissueModel:
 def evaluate(
     model: TissueModel, data: PathData, config: Config, training: dict, out_dir: Path
 ) -> Results:
-    """Evaluate on val and test; write, print and return the results. `training` is what
-    metrics.json says about the training. The test split is read here, after training, and never
-    before."""
+    """Evaluate on val and test; save predictions and figures, and return what metrics.json will
+    say. `training` is what it says about the training. The test split is used here, after training,
+    and nowhere before."""
     probs = predict_all(model, data)
     temperature = model.temperature.item()
     results = {
@@ -154,33 +170,15 @@ def evaluate(
             plain = Evaluation.with_temperature(probs[key], 1 / temperature)
             ece = Evaluation.expected_calibration_error(plain, labels)
             results[key]["ece_without_temperature"] = ece
-    Evaluation.write_results(out_dir, results, probs["test"])
+    Evaluation.write_predictions(out_dir, results, probs["test"])
     figures = Evaluation.result_figures(model, data, probs, results)
     Evaluation.save_figures(out_dir, figures)
-    summarise(results, out_dir)
     return results, probs
 
 
-def predict_all(model: TissueModel, data: PathData) -> dict[str, ndarray]:
-    """Return the probabilities (N, 9) for each of the evaluations in `Evaluation.RESULTS`."""
-    probs = {}
-    passes = tqdm(Evaluation.RESULTS.items(), desc="evaluate", unit="pass", disable=None)
-    for key, (split, eight_views) in passes:
-        device = model.temperature.device.type
-        loader = make_loader(data, split, Training.eval_batch(data.size), device)
-        probs[key], _ = Training.predict(model, loader, eight_views)
-    return probs
-
-
-def save_curves(history: Sequence[dict], data: PathData, run_dir: Path) -> None:
-    """Draw the learning curves into the run's folder."""
-    best = Training.best_epoch(history)
-    figure = Figures.learning_curves(history, best, data.kind)
-    Evaluation.save_figures(run_dir, {"learning_curves": figure})
-
-
-def summarise(results: dict, out_dir: Path) -> None:
-    """Print what was reached and where everything lies."""
+def finish(results: dict, out_dir: Path) -> None:
+    """Write metrics.json, the last file of a run, and print what was reached."""
+    write_json(out_dir / "metrics.json", results)
     data = results["dataset"]
     kind = SYNTHETIC if data["kind"] == "synthetic" else f"the {data['kind']} data"
     table = Evaluation.result_texts({key: results[key] for key in Evaluation.RESULTS})
@@ -192,9 +190,27 @@ def summarise(results: dict, out_dir: Path) -> None:
     print(f"tensorboard --logdir {shlex.quote(str(out_dir.parent))}")
 
 
-def summarise_seeds(runs: Sequence[Results], data: PathData, out_dir: Path) -> None:
+def predict_all(model: TissueModel, data: PathData) -> dict:
+    """Return the probabilities (N, 9) for each of the evaluations in `Evaluation.RESULTS`."""
+    probs = {}
+    passes = tqdm(Evaluation.RESULTS.items(), desc="evaluate", unit="pass", disable=None)
+    for key, (split, eight_views) in passes:
+        device = model.temperature.device.type
+        loader = make_loader(data, split, Training.eval_batch(data.size), device)
+        probs[key], _ = Training.predict(model, loader, eight_views)
+    return probs
+
+
+def save_curves(history: list, data: PathData, run_dir: Path) -> None:
+    """Draw the learning curves into the run's folder."""
+    best = Training.best_epoch(history)
+    figure = Figures.learning_curves(history, best, data.kind)
+    Evaluation.save_figures(run_dir, {"learning_curves": figure})
+
+
+def summarise_seeds(runs: list, data: PathData, out_dir: Path) -> None:
     """Write summary.json, with mean and spread over the seeds and their ensemble, and print it."""
-    results, probs = zip(*runs, strict=True)
+    results, probs = [run[0] for run in runs], [run[1] for run in runs]
     summary = Evaluation.summarise_seeds(results, probs, data)
     write_json(out_dir / "summary.json", summary)
     rows = [["accuracy", "mean", "s.d.", "ensemble"]]
@@ -209,7 +225,7 @@ def resume_run(args: argparse.Namespace) -> None:
     """Continue an interrupted run with its own options and data."""
     run_dir = args.resume
     settings, config = Runs.read_run(run_dir)
-    config = replace(config, device=Training.choose_device(args.device or config.device))
+    config = replace(config, device=Processor.choose_device(args.device or config.device))
     for folder in Runs.seed_dirs(run_dir, settings["seeds"]):
         Runs.check_resumable(folder)
     data = data_of_run(args, settings)
@@ -222,7 +238,7 @@ def resume_run(args: argparse.Namespace) -> None:
 def evaluate_again(args: argparse.Namespace) -> None:
     """Evaluate a finished run, or its runs of several seeds, on their own or other data."""
     run_dir = args.evaluate
-    device = Training.choose_device(args.device or "auto")
+    device = Processor.choose_device(args.device or "auto")
     settings, _ = Runs.read_run(run_dir)
     folders = Runs.finished_dirs(run_dir)
     data, trained = data_of_run(args, settings), settings["dataset"]
@@ -241,7 +257,10 @@ def evaluate_again(args: argparse.Namespace) -> None:
         out_dir = folder / subfolder
         out_dir.mkdir(exist_ok=True)
         config = Runs.config_from(checkpoint["config"])
-        runs.append(evaluate(model, data, config, checkpoint.get("training", {}), out_dir))
+        training = checkpoint.get("training", {})
+        results, probs = evaluate(model, data, config, training, out_dir)
+        finish(results, out_dir)
+        runs.append((results, probs))
     if len(runs) > 1:
         (run_dir / subfolder).mkdir(exist_ok=True)
         summarise_seeds(runs, data, run_dir / subfolder)
@@ -277,14 +296,12 @@ def make_loader(
         images, labels = images.to(device), labels.to(device)
         pin_memory = False
     dataset = TensorDataset(images, labels)
-    if not shuffle:
-        batches = BatchSampler(range(len(labels)), batch_size, drop_last=False)
-        return DataLoader(dataset, None, sampler=batches, pin_memory=pin_memory)
-    # BatchNorm needs more than one image, so a last batch of one waits for another epoch.
-    drop_last = len(labels) % batch_size == 1 and len(labels) > 1
-    order = RandomSampler(dataset, generator=torch.Generator())
-    batches = EpochSampler(order, batch_size, drop_last)
-    return DataLoader(dataset, None, sampler=batches, pin_memory=pin_memory)
+    batches = BatchSampler(range(len(labels)), batch_size, drop_last=False)
+    if shuffle:
+        # BatchNorm needs more than one image, so a last batch of one waits for another epoch.
+        drop_last = len(labels) % batch_size == 1 and len(labels) > 1
+        batches = EpochSampler(RandomSampler(dataset, generator=Generator()), batch_size, drop_last)
+    return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=pin_memory)
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
@@ -308,7 +325,7 @@ def run_name(text: str) -> str:
     return text
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list | None) -> argparse.Namespace:
     """Read the command line. An option that is not given is None; `Config` has the defaults."""
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import Figures
+import Processor
 import Runs
 import Training
 from Common import (
@@ -49,11 +49,11 @@ BEST = Path(__file__).resolve().parent / "runs" / "best"
 HEADER = ["file", "class", *SHORT_NAMES]  # of predictions.csv
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     """Classify images, and name those that cannot be read."""
     args = parse_args(argv)
-    Training.prepare_processor()
-    device = Training.choose_device(args.device)
+    Processor.prepare()
+    device = Processor.choose_device(args.device)
     folders = Runs.finished_dirs(args.run)
     if len(folders) > 1:
         print(f"{args.run}: an ensemble of {len(folders)} models")
@@ -79,14 +79,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{what}, named above; convert or remove them")
 
 
-def find_tiles(paths: Sequence[Path], out: Path) -> list[Path]:
+def find_tiles(paths: list, out: Path) -> list:
     """Return the files among `paths` and, sorted, those in the folders. Links to folders are
     followed. Hidden files are left out, and so is `out`, the results' folder."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}; ask for access, or leave it out")
 
-    files: list[Path] = []
+    files: list = []
     seen = {os.path.realpath(out)}
     for path in paths:
         if not os.path.isdir(path):
@@ -104,7 +104,7 @@ def find_tiles(paths: Sequence[Path], out: Path) -> list[Path]:
     return files
 
 
-def prepare_out(out: Path, files: Sequence[Path]) -> None:
+def prepare_out(out: Path, files: list) -> None:
     """Make the results' folder before anything is computed. UserError if it cannot be written to,
     if it holds one of the images, or if its predictions.csv is not one that this program wrote."""
     if any(file.parent.resolve() == out.resolve() for file in files):
@@ -118,7 +118,7 @@ def prepare_out(out: Path, files: Sequence[Path]) -> None:
         print(f"{out}: the results of an earlier run are replaced")
 
 
-def read_tiles(files: Sequence[Path], size: int) -> tuple[list[Path], ndarray]:
+def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
     """Return the readable files and their tiles, uint8 (N, S, S, 3); name the others on stderr."""
     good, tiles = [], []
     for path in tqdm(files, desc="read", unit="tile", disable=None):
@@ -154,7 +154,7 @@ def read_tile(path: Path, size: int) -> ndarray:
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
-def classify(models: Sequence[TissueModel], tiles: ndarray) -> ndarray:
+def classify(models: list, tiles: ndarray) -> ndarray:
     """Return the mean of the models' probabilities (N, 9) for tiles, uint8 (N, S, S, 3)."""
     parts = torch.from_numpy(tiles).split(Training.eval_batch(tiles.shape[1]))
     batches = [(part, torch.zeros(len(part))) for part in parts]
@@ -164,7 +164,7 @@ def classify(models: Sequence[TissueModel], tiles: ndarray) -> ndarray:
     return np.mean(probs, axis=0)
 
 
-def write_predictions(files: Sequence[Path], probs: ndarray, path: Path) -> None:
+def write_predictions(files: list, probs: ndarray, path: Path) -> None:
     """Write every tile's class and probabilities as CSV; print the first fifty."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
@@ -193,7 +193,7 @@ def explain(model: TissueModel, tiles: ndarray, probs: ndarray) -> ndarray:
 
 
 def save_heatmaps(
-    files: Sequence[Path], tiles: ndarray, heatmaps: ndarray, probs: ndarray, note: str, out: Path
+    files: list, tiles: ndarray, heatmaps: ndarray, probs: ndarray, note: str, out: Path
 ) -> None:
     """Draw each tile beside its heatmap, in a folder of their own."""
     out.mkdir(exist_ok=True)
@@ -204,7 +204,7 @@ def save_heatmaps(
     print(f"Each tile beside its Grad-CAM: {out}")
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list | None):
     """Read the command line."""
     parser = Parser(__doc__, usage="%(prog)s PATH... [options]")
     add = parser.add_argument

@@ -3,7 +3,9 @@
     run_dir = make_run_dir(Path("runs"), "first-try", "")
     model, checkpoint = load_model(run_dir, "cpu")
 
-A run of several seeds has a folder with one run per seed in it: seed0, seed1 and so on.
+A run of several seeds has a folder with one run per seed in it: seed0, seed1 and so on. A run is
+trained when its best.pt has a note on the training, and finished when it is evaluated too: then
+metrics.json, its last file, is there.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import os
 import platform
 import shlex
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -109,7 +111,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def write_settings(
-    run_dir: Path, data: PathData, config: Config, seeds: Sequence[int] | None = None
+    run_dir: Path, data: PathData, config: Config, seeds: list | None = None
 ) -> None:
     """Write config.json; `seeds` are those of a folder that holds several runs."""
     settings: dict = {
@@ -142,7 +144,7 @@ def read_run(run_dir: Path) -> tuple[dict, Config]:
     return {"seeds": [config.seed], **settings}, config
 
 
-def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
+def seed_dirs(run_dir: Path, seeds: list) -> list:
     """Return each seed's folder: the run's own, or one of its folders where it has several."""
     if len(seeds) == 1:
         return [run_dir]
@@ -150,10 +152,10 @@ def seed_dirs(run_dir: Path, seeds: Sequence[int]) -> list[Path]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Return whether a run was trained to its end and evaluated."""
-    if not (run_dir / "metrics.json").exists():
-        return False
-    return "training" in load_checkpoint(run_dir / "best.pt")
+    """Return whether a run was trained to its end and evaluated. metrics.json is its last file, and
+    names the best epoch unless it comes from `--evaluate` of a run that was not finished."""
+    path = run_dir / "metrics.json"
+    return path.exists() and "best_epoch" in json.loads(path.read_text())
 
 
 def check_resumable(run_dir: Path) -> None:
@@ -167,7 +169,7 @@ def check_resumable(run_dir: Path) -> None:
             raise UserError(f"{what}; train anew, or use --evaluate")
 
 
-def finished_dirs(run_dir: Path) -> list[Path]:
+def finished_dirs(run_dir: Path) -> list:
     """Return the folders of a finished run's models, one per seed. UserError if not all of its
     seeds are trained."""
     if (run_dir / "best.pt").exists():
@@ -186,7 +188,7 @@ def resume_command(run_dir: Path) -> str:
     return f"python {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
 
 
-def write_history(path: Path, history: Sequence[dict]) -> None:
+def write_history(path: Path, history: list) -> None:
     """Write one CSV row per epoch."""
     buffer = io.StringIO()
     table = csv.DictWriter(buffer, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")

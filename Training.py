@@ -5,20 +5,12 @@ history = fit(state, train_loader, val_loader)
 probs, labels = predict(model, test_loader)
 """
 
-import contextlib
-import ctypes
 import math
-import os
-import platform
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import joblib
-import psutil
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
@@ -27,6 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import Evaluation
+import Optimizer
+import Processor
 from Augmentation import augment, to_float
 from Common import CLASSES, UserError
 from Dashboard import Log
@@ -52,7 +46,7 @@ EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU, 500 are half as
 
 def fit(
     state: "TrainingState", train_loader: DataLoader, val_loader: DataLoader, log: Log | None = None
-) -> list[dict]:
+) -> list:
     """Train, validating after each epoch, and leave `best.pt` and `last.pt` in the run's folder.
     Continues after the state's last epoch: with the same number of threads, the result is
     bit-identical to that of a run that was never interrupted. Returns the history, a row per epoch,
@@ -66,7 +60,7 @@ def fit(
             log.start(state.model)
         state.save()  # a run that is stopped in its first epoch can be resumed too
     bar = tqdm(total=config.epochs * steps, initial=done * steps, unit="batch", disable=None)
-    with bar, thread_adapter() as adapt_threads:
+    with bar, Processor.thread_adapter() as adapt_threads:
 
         def after_step() -> None:
             bar.update()
@@ -111,7 +105,7 @@ def train_one_epoch(
         images = images.to(config.device, non_blocking=images.is_pinned())
         labels = labels.to(config.device, non_blocking=labels.is_pinned())
         logits, targets = train_step(state, images, labels, generator)
-        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum")  # without label smoothing
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         after_step()
@@ -179,7 +173,7 @@ def eval_batch(size: int) -> int:
     return max(1, EVAL_BATCH * 28**2 // size**2)
 
 
-def best_epoch(history: Sequence[dict]) -> int:
+def best_epoch(history: list) -> int:
     """Return the epoch whose weights are kept, counted from 1; 0 before the first. The latest one
     whose val loss is within a standard error of the lowest before it (after the one-standard-error
     rule of Breiman et al. 1984). Among losses that the val images cannot tell apart, the later
@@ -193,14 +187,15 @@ def best_epoch(history: Sequence[dict]) -> int:
     return best
 
 
-def should_stop(history: Sequence[dict], patience: int) -> bool:
+def should_stop(history: list, patience: int) -> bool:
     """Return whether the best epoch lies `patience` epochs back: early stopping."""
     return len(history) - best_epoch(history) >= patience
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Return the learning rate of a step: a linear rise, then half a cosine down to zero. A pure
-    function of the step, so that resuming needs no scheduler state."""
+    """Return the learning rate of a step: a linear rise (over the share `config.warmup` of all
+    steps), then half a cosine down to zero. It depends on the step alone, so that a resumed run
+    needs no scheduler state."""
     progress = step / total_steps
     if progress < config.warmup:
         return config.lr * max(progress, 1e-3) / config.warmup  # above 0: the first step counts
@@ -208,7 +203,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * decline))
 
 
-def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: list, lr: float) -> None:
     """Use this learning rate for the next step of every optimiser."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -218,7 +213,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], lr: float) ->
 def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> Generator:
     """Make everything random in an epoch a function of (seed, epoch): the order of the images, the
     augmentation (by the returned generator) and what a model draws. That is why a resumed run
-    equals, bit for bit, one that was never interrupted."""
+    equals, bit for bit, one that was never interrupted, if both used the same number of threads."""
     number = config.seed * SEED_STEP + epoch
     loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
     torch.manual_seed(number)
@@ -279,7 +274,7 @@ def calibrate(state: "TrainingState", val_loader: DataLoader) -> None:
     save_checkpoint(path, best)
 
 
-def how_trained(history: Sequence[dict]) -> dict:
+def how_trained(history: list) -> dict:
     """Return what metrics.json says about the training."""
     return {
         "best_epoch": best_epoch(history),
@@ -305,8 +300,8 @@ class TrainingState:
         self.config = config
         self.run_dir = run_dir
         self.identity = identity or {}
-        self.optimizers = make_optimizers(model, config)
-        self.history: list[dict] = []
+        self.optimizers = Optimizer.make_optimizers(model, config)
+        self.history: list = []
         self.resumed = (run_dir / "last.pt").exists()
         if self.resumed:
             self.load(run_dir / "last.pt")
@@ -345,86 +340,10 @@ class TrainingState:
         self.history = last["history"]
 
 
-def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Return Muon for the kernels behind the first layer, and AdamW for everything else. Both take
-    the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019, arXiv
-    1812.01187)."""
-    kernels, matrices, vectors = [], [], []
-    for parameter in model.parameters():
-        if parameter.ndim == 4 and parameter.shape[1] > 3:  # the first layer sees 3 channels
-            kernels.append(parameter)
-        elif parameter.ndim > 1:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    muon = ConvMuon(kernels, dtype, lr=config.lr, weight_decay=config.weight_decay)
-    return [muon, torch.optim.AdamW(groups, lr=config.lr, fused=True)]
-
-
-class ConvMuon(torch.optim.Optimizer):
-    """Muon for convolution kernels, orthogonalising in `dtype`; torch's own always does in bf16.
-    Muon moves the averaged gradient of a matrix (its momentum) towards the nearest orthogonal
-    matrix, so that its weak directions learn at nearly the pace of its strong ones. A kernel (out,
-    in, k, k) is taken as a matrix (out, k * k * in). Steps are scaled to the size of AdamW's (Liu
-    et al. 2025, arXiv 2502.16982). Steps equal those of `torch.optim.Muon`."""
-
-    def __init__(self, kernels: list[nn.Parameter], dtype: torch.dtype, **options: float) -> None:
-        self.dtype = dtype
-        # Muon's usual five steps orthogonalise more exactly; here they gain nothing.
-        super().__init__(kernels, {"ns_steps": 3, "momentum": 0.95, **options})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update the kernels from their gradients."""
-        for group in self.param_groups:
-            for kernel in group["params"]:
-                weights = kernel.permute(0, 2, 3, 1)
-                gradient = kernel.grad.permute(0, 2, 3, 1).flatten(1)
-                state = self.state[kernel]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-                update = orthogonalize(update.to(self.dtype), group["ns_steps"])
-                weights.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * math.sqrt(max(update.shape))
-                weights.add_(update.reshape(weights.shape), alpha=-group["lr"] * scale)
-
-
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Return the matrix with its singular values moved towards 1: about the nearest orthogonal one.
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a
-    step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = len(matrix) > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp_min(1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.addmm(x, polynomial, x, beta=a)
-    return x.T if is_tall else x
-
-
-def choose_device(device: str) -> str:
-    """Return "cuda" or "cpu" for what `--device` says; UserError if it is not there."""
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device auto or cpu")
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    return device
-
-
 def resolve(config: Config, n_train: int, kind: str = "") -> Config:
     """Fill in what was left to the program: epochs, patience, device and precision. `n_train` are
     the training images, `kind` is that of the data (see `PathData`)."""
-    device = choose_device(config.device)
+    device = Processor.choose_device(config.device)
     epochs = config.epochs
     if epochs == 0 and kind == "synthetic":
         epochs = SYNTHETIC_EPOCHS
@@ -432,65 +351,8 @@ def resolve(config: Config, n_train: int, kind: str = "") -> Config:
         epochs = min(MAX_EPOCHS, round(EPOCHS[device] * (89_996 / n_train) ** 0.6))
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
+        precision = "bf16" if Processor.has_fast_bf16(device) else "fp32"
     # The schedule needs its whole length to anneal, so by default only a run whose validation loss
     # has not come near its lowest (see `best_epoch`) for a third of its epochs is cut short.
     patience = config.patience or max(5, math.ceil(epochs / 3))
     return replace(config, epochs=epochs, patience=patience, device=device, precision=precision)
-
-
-def has_fast_bf16(device: str) -> bool:
-    """Return whether the device computes faster in bfloat16 than in float32. True for processors
-    with AMX and for AMD processors with AVX-512 BF16. On Intel processors that only have AVX-512
-    BF16, float32 is faster."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    cpuinfo = Path("/proc/cpuinfo")
-    vendor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
-    if "AuthenticAMD" in vendor and features.get("avx512_bf16", False):
-        return True
-    return features.get("amx_bf16", False)
-
-
-def prepare_processor() -> None:
-    """Set what makes a step on a CPU faster; to be called before PyTorch starts a thread."""
-    # The momenta of dead units decay to denormal numbers, which make float32 slow on Intel.
-    torch.set_flush_denormal(True)
-    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # numpy's
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc would give freed memory back and fetch it page by page
-            libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-
-
-@contextlib.contextmanager
-def thread_adapter() -> Iterator[Callable[[], None]]:
-    """Yield a function that lets PyTorch use as many threads as cores are free, if a second has
-    passed since it last did so. Threads wait for each other at every layer: where another program
-    takes the core of one, all of them come nearly to a halt. The first number of threads is the
-    most, less where a container may use fewer cores, and is restored at the end. The number of
-    threads changes the last bits of a result, so one that the user has set (`OMP_NUM_THREADS`) is
-    kept."""
-    at_first = torch.get_num_threads()
-    most = min(at_first, joblib.cpu_count())  # knows affinity and the quota of a container
-    cores = psutil.cpu_count() or 1
-    process = psutil.Process()
-    last = 0.0
-
-    def adapt() -> None:
-        nonlocal last
-        if time.perf_counter() - last < 1:
-            return
-        first, last = last == 0, time.perf_counter()
-        with contextlib.suppress(OSError, psutil.Error):  # a system that does not tell
-            # Both percentages are means since the call before, and meaningless at the first.
-            others = cores * psutil.cpu_percent() / 100 - process.cpu_percent() / 100
-            free = most if first else int(cores - others + 0.3)  # .3: a core that is nearly free
-            torch.set_num_threads(max(1, min(most, free)))
-
-    try:
-        yield (lambda: None) if "OMP_NUM_THREADS" in os.environ else adapt
-    finally:
-        torch.set_num_threads(at_first)

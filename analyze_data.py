@@ -54,7 +54,7 @@ OFFICIAL_MD5 = {  # pixels a side -> md5, from medmnist/info.py
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     """Describe the data on the terminal and in two figures."""
     parser = Parser(__doc__)
     data_help = f"npz file, or folder with {FILE_NAME} (default: found or downloaded)"
@@ -88,8 +88,8 @@ class PathData:
     path: Path
     kind: str
     md5: str
-    images: dict[str, ndarray]
-    labels: dict[str, ndarray]
+    images: dict
+    labels: dict
 
     @property
     def size(self) -> int:
@@ -211,7 +211,7 @@ def load_data(path: str | Path) -> PathData:
     return PathData(path, kind, md5, images, labels)
 
 
-def read_arrays(file: BinaryIO, path: Path) -> dict[str, ndarray]:
+def read_arrays(file: BinaryIO, path: Path) -> dict:
     """Return the arrays of an npz file by name; UserError if it is damaged or no npz file."""
     wanted = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
     arrays = {}
@@ -236,7 +236,7 @@ def read_arrays(file: BinaryIO, path: Path) -> dict[str, ndarray]:
     return arrays
 
 
-def check_split(split: str, arrays: dict[str, ndarray], path: Path) -> tuple[ndarray, ndarray]:
+def check_split(split: str, arrays: dict, path: Path) -> tuple[ndarray, ndarray]:
     """Return a split's images, uint8 (N, S, S, 3), and labels, int64 (N,); UserError if they are
     not there or are not as PathMNIST's."""
     for name in (f"{split}_images", f"{split}_labels"):
@@ -249,7 +249,7 @@ def check_split(split: str, arrays: dict[str, ndarray], path: Path) -> tuple[nda
     return np.ascontiguousarray(images), labels.reshape(-1).astype(np.int64)
 
 
-def check_whole(images: dict[str, ndarray], labels: dict[str, ndarray], path: Path) -> None:
+def check_whole(images: dict, labels: dict, path: Path) -> None:
     """Check what concerns all splits together: one size, nine classes."""
     for label, name in enumerate(CLASS_NAMES):
         if not any(label in array for array in labels.values()):
@@ -299,7 +299,7 @@ def channel_stats(images: ndarray) -> tuple[ndarray, ndarray]:
     return mean, np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
 
 
-def count_duplicates(images: dict[str, ndarray]) -> dict[str, int]:
+def count_duplicates(images: dict) -> dict[str, int]:
     """Count images with identical pixels; `images` are contiguous arrays by split. "within train":
     images of train that repeat an earlier one of train. "in both train and val": distinct images
     that are in both splits. So for every split and every pair."""
@@ -316,7 +316,7 @@ def report(data: PathData) -> str:
     """Describe the data as plain text tables, at most 80 characters wide but for a long path."""
     official = "yes" if data.kind == "official" else f"no ({data.kind})"
     lines = [
-        f"file           {data.path}",
+        f"file           {data.card['path']}",
         f"md5            {data.md5}",
         f"official file  {official}",
         f"images         {data.size} x {data.size} x 3, {data.images['train'].dtype}, 0 to 255",
@@ -336,7 +336,7 @@ def report(data: PathData) -> str:
     return "\n".join(lines)
 
 
-def class_lines(data: PathData) -> list[str]:
+def class_lines(data: PathData) -> list:
     """Return a table of the images of each class in each split, and their share of the split."""
     lines = [f"{'class':<41}" + "".join(f"{split:>13}" for split in SPLITS)]
     for label in CLASSES:

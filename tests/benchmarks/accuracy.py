@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+import Processor  # noqa: E402
 import Training  # noqa: E402
 from analyze_data import PathData, channel_stats, load_data  # noqa: E402
 from Augmentation import to_float  # noqa: E402
@@ -308,7 +309,7 @@ def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
 
 def prepare_process() -> None:
     """Set up a process that measures: with one thread, so that several do not slow each other."""
-    Training.prepare_processor()
+    Processor.prepare()
     torch.set_num_threads(1)
 
 
@@ -337,7 +338,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=work, help="the runs' folders")
     parser.add_argument("--out", type=Path, default=HERE / "accuracy.json")
     args = parser.parse_args()
-    Training.prepare_processor()
+    Processor.prepare()
     data = load_data(Path(args.data))
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if found.get("md5") != data.md5:

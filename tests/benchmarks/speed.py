@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+import Processor  # noqa: E402
 import Training  # noqa: E402
 from analyze_data import SPLITS, PathData, load_data  # noqa: E402
 from MyModels import ResNet18, SkipCNN  # noqa: E402
@@ -248,7 +249,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "speed.json")
     args = parser.parse_args()
-    Training.prepare_processor()
+    Processor.prepare()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = load_data(Path(args.data).resolve())
