@@ -1,9 +1,10 @@
-"""Augmentation: a random view of every image, drawn on the batch by a passed generator.
+"""Augmentation: a random view of every image, computed for the whole batch at once.
 
     images, targets = augment(images, targets, generator, config)
 
-Pure functions from tensors and a generator to tensors. Images come as uint8 (N, S, S, 3) and leave
-as float (N, 3, S, S) in about [0, 1]; colour augmentation may leave that range.
+The functions take tensors and a random generator and return tensors. `augment` turns uint8 images
+(N, S, S, 3) into float images (N, 3, S, S) in about [0, 1]; changes of colour can lead slightly out
+of that range.
 """
 
 import torch
@@ -11,7 +12,8 @@ from torch import Generator, Tensor
 
 from Runs import Config
 
-# Haematoxylin, eosin and, for what is neither, DAB in optical density (Ruifrok & Johnston 2001).
+# Optical densities in red, green and blue of haematoxylin, eosin and DAB, which stands for the rest
+# (Ruifrok & Johnston 2001).
 HED = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 TO_HED = torch.linalg.inv(HED)
 
@@ -35,7 +37,7 @@ def augment(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn uint8 images (N, S, S, 3) into float (N, 3, S, S) in [0, 1], channels last."""
+    """Turn uint8 images (N, S, S, 3) into float (N, 3, S, S) in [0, 1], stored channels last."""
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -46,12 +48,13 @@ def uniform(generator: Generator, low: float, high: float, *shape: int) -> Tenso
 
 def random_view(images: Tensor, generator: Generator, shift: int = 2) -> Tensor:
     """Flip, turn by quarters and shift every image by up to `shift` px, all in one gather. Tissue
-    has no "up", so the eight flips and turns are equally likely. Shifts are whole pixels, reflected
-    at the border: nothing is interpolated. Images are uint8 (N, S, S, 3) and stay so."""
+    has no "up", so the eight flips and turns are equally likely. Shifts are by whole pixels, and
+    the border is filled by reflection, so nothing is interpolated. Takes and returns uint8 images
+    (N, S, S, 3)."""
     n, size = images.shape[:2]
     rows = random_positions(n, size, shift, generator)
     columns = random_positions(n, size, shift, generator)
-    # Number an image's pixels row by row: each pixel of the view then shows pixel number...
+    # For each pixel of the view, the number of the image's pixel that it shows, counted row by row.
     source = rows[:, :, None] * size + columns[:, None, :]
     # Flips and a swap of rows and columns together make all eight flips and turns.
     is_swapped = torch.rand(n, 1, 1, generator=generator, device=images.device) < 0.5
@@ -61,9 +64,9 @@ def random_view(images: Tensor, generator: Generator, shift: int = 2) -> Tensor:
 
 
 def random_positions(n: int, size: int, shift: int, generator: Generator) -> Tensor:
-    """Return which row (or column) of its image each row of a view shows, int64 (n, size). They are
-    shifted by up to `shift`, reflected at the border, and in reverse order in half of the images.
-    For size 4 and a shift of 1: 1 2 3 2, or in reverse 2 1 0 1."""
+    """Return for each row (or column) of a view which row of its image it shows, int64 (n, size).
+    The rows are shifted by up to `shift`, reflected at the border, and mirrored in half of the
+    images. For size 4 and a shift of 1: 1 2 3 2, or mirrored 2 1 0 1."""
     device = generator.device
     offset = torch.randint(-shift, shift + 1, (n, 1), generator=generator, device=device)
     position = (torch.arange(size, device=device) + offset).abs()
@@ -73,13 +76,13 @@ def random_positions(n: int, size: int, shift: int, generator: Generator) -> Ten
 
 
 def stain_jitter(images: Tensor, generator: Generator, width: float) -> Tensor:
-    """Vary how strongly each stain took, and its colour, as another laboratory would. Light is
-    absorbed in proportion to the dye (Beer and Lambert), so stains add up in optical density, which
-    is the negative logarithm of the light. A pixel's density is split into amounts of haematoxylin,
-    eosin and a rest. Each amount is multiplied by 1 +- width and shifted by +- width / 4, and the
-    density is put together again (Tellez et al. 2019, arXiv 1902.06543), from stains whose own
-    densities in red, green and blue differ by up to 0.4 * width. Images are float (N, 3, S, S) in
-    [0, 1], and may leave that range."""
+    """Vary the strength and the colour of each stain, because laboratories differ in both. Optical
+    density, the negative logarithm of the light, is proportional to the amount of dye (Beer-Lambert
+    law), so the densities of stains add up. A pixel's density is split into amounts of
+    haematoxylin, eosin and a rest. Each amount is multiplied by a random number in 1 +- width and
+    shifted by one in +- width / 4. Then the density is computed again (Tellez et al. 2019, arXiv
+    1902.06543), with each stain's own densities in red, green and blue changed by up to 0.4 *
+    width. Images are float (N, 3, S, S) in [0, 1]; the results may lie outside that range."""
     n, _, size, _ = images.shape
     to_amounts = TO_HED.to(images.device, non_blocking=True)
     stains = HED.to(images.device, non_blocking=True)
@@ -95,9 +98,10 @@ def stain_jitter(images: Tensor, generator: Generator, width: float) -> Tensor:
 
 
 def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tensor:
-    """Multiply every channel by 1 +- width and add +- width, on nine images of ten. Uniform per
-    image and channel: what another camera and lamp do. The share is that of arXiv 2409.11546, which
-    found both to carry across the two centres of NCT-CRC-HE."""
+    """In nine of ten images, multiply every channel by a number in 1 +- width and add one in +-
+    width, as another camera or lamp would. Both are uniform, drawn per image and channel. The share
+    is that of arXiv 2409.11546, which used both to train on one centre of NCT-CRC-HE and test on
+    the other."""
     n = len(images)
     on = uniform(generator, 0, 1, n, 1, 1, 1) < 0.9
     gain = 1 + on * uniform(generator, -width, width, n, 3, 1, 1)
@@ -107,11 +111,12 @@ def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tenso
 def cutmix(
     images: Tensor, targets: Tensor, generator: Generator, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of another image into every image, in a share of the batches. The target
-    becomes the mixture of both, by area. As in Yun et al. 2019 (arXiv 1905.04899), chance decides
-    for a batch, and one rectangle serves all of its images; its sides are uniform between a seventh
-    and two thirds of the image's. The partners are the batch reversed. Images are float (N, 3, S,
-    S), targets (N, classes)."""
+    """In a random share of the batches, paste a rectangle of another image into every image. The
+    targets of both images are mixed in proportion to area. As in Yun et al. 2019 (arXiv
+    1905.04899), a batch is either mixed or not, and all its images use the same rectangle. Each
+    side of the rectangle is uniform between a seventh and two thirds of the image's side. The
+    patches come from the same batch in reversed order. Images are float (N, 3, S, S), targets (N,
+    classes)."""
     size = images.shape[-1]
     pixels = torch.arange(size, device=images.device)
 
@@ -122,7 +127,7 @@ def cutmix(
 
     rows, columns = inside(), inside()
     is_on = uniform(generator, 0, 1, 1) < share
-    patch = rows[:, None] & columns & is_on  # nowhere, if this batch is not mixed
+    patch = rows[:, None] & columns & is_on  # all False if this batch is not mixed
     area = patch.float().mean()
     images = torch.where(patch, images.flip(0), images)
     return images, (1 - area) * targets + area * targets.flip(0)

@@ -1,4 +1,4 @@
-"""What every script needs: class names, errors in one line, signals, the parser, atomic files.
+"""What every script needs: class names, one-line errors, signals, the parser, atomic writes.
 
 if __name__ == "__main__":
     sys.exit(run_script(main))
@@ -34,7 +34,7 @@ CLASS_NAMES = (
 SHORT_NAMES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 CLASSES = range(len(CLASS_NAMES))
 
-SYNTHETIC = "SYNTHETIC DATA, not real tissue"  # stands beside every result of the drawn sample
+SYNTHETIC = "SYNTHETIC DATA, not real tissue"  # shown with every result on synthetic data
 
 REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -56,11 +56,11 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-        self.advice = ""  # how to continue, added by whoever knows
+        self.advice = ""  # how to continue; `PathMNIST.train_seeds` adds it
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows a module's text as it is, and an error in one line."""
+    """An argument parser that prints the module docstring unchanged and an error as one line."""
 
     def __init__(self, text: str | None, usage: str = "%(prog)s [options]") -> None:
         plain = argparse.RawDescriptionHelpFormatter
@@ -74,6 +74,15 @@ class Parser(argparse.ArgumentParser):
 def as_path(text: str) -> Path:
     """Argparse type: a path, where a leading ~ is the home folder."""
     return Path(os.path.expanduser(text))
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Create the folder that a flag names, with its parents; UserError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{flag} {path}: cannot create this folder ({error.strerror})"
+        raise UserError(f"{what}; choose another") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -92,7 +101,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def flush_to_disk(descriptor: int) -> None:
-    """Wait until the disk has the file's content, where the file system can do that."""
+    """Wait until the file's content is on the disk, if the file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -128,8 +137,8 @@ def write_json(path: Path, value: object) -> None:
 def run_script(main: Callable[..., int | None], *args: Any) -> int:
     """Run a script's `main` and return the exit status; expected errors become one line on stderr.
     The status is 0 or what `main` returns; 2 for bad input, a full disk or too little memory; 130
-    after Ctrl-C and 143 after SIGTERM; 141 where nobody reads the output any more, as in `| head`.
-    A second signal ends the process at once. Unexpected errors show their traceback."""
+    after Ctrl-C and 143 after SIGTERM; 141 if the reader of the output has ended, as in `| head`. A
+    second signal ends the process at once. Unexpected errors show their traceback."""
     prepare_output()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     excepthook = threading.excepthook
@@ -152,7 +161,8 @@ def run_script(main: Callable[..., int | None], *args: Any) -> int:
         if not lacks_memory(error):
             raise
         text = str(error).partition("\n")[0] or "out of memory"
-        return complain(f"{text}; close other programs, or try a lower --batch-size")
+        remedy = "close other programs; for training, also try a smaller --batch-size"
+        return complain(f"{text}; {remedy}")
     finally:
         threading.excepthook = excepthook
         for number, handler in handlers.items():
@@ -160,7 +170,7 @@ def run_script(main: Callable[..., int | None], *args: Any) -> int:
 
 
 def prepare_output() -> None:
-    """Make stdout and stderr usable whatever they are connected to, and independent of the user's
+    """Make stdout and stderr usable whatever they are connected to, and ignore the user's
     matplotlib backend."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # show each line at once, in a file too
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -170,12 +180,10 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif stream.isatty():
             setattr(sys, name, Terminal(stream))
-    if "IPython" not in sys.modules:  # a notebook's backend is unknown in its child processes
-        os.environ.pop("MPLBACKEND", None)
 
 
 class Terminal:
-    """A terminal's stream that goes silent when the terminal is closed: the run needs none."""
+    """A stream to a terminal. If the terminal is closed, output is dropped and the run goes on."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -184,7 +192,7 @@ class Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write and flush, as long as somebody is there."""
+        """Write and flush; drop the text if the terminal was closed."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -196,21 +204,21 @@ class Terminal:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether the error says that memory, or the number of threads, is exhausted. PyTorch
-    and Python then raise a RuntimeError."""
+    """Return whether the error says that memory ran out or that no thread can be started. It can be
+    a RuntimeError: PyTorch raises one for memory, Python for threads."""
     full = re.search("out of memory|allocate memory|start new thread", str(error))
     return isinstance(error, MemoryError) or full is not None
 
 
 def stop(signum: int, _frame: FrameType | None) -> None:
-    """Handle a first signal by an exception, and leave a second one to the system."""
+    """Raise `Stopped` at the first signal; a second one ends the process at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     raise Stopped(signum)
 
 
 def ignore_os_errors(args: threading.ExceptHookArgs) -> None:
-    """Stay silent about an OSError in TensorBoard's thread: the main thread meets it as well."""
+    """Ignore an OSError in TensorBoard's thread, because the main thread gets the same error."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
@@ -222,7 +230,7 @@ def complain(text: str) -> int:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, or on the terminal where the reader of stderr has ended too."""
+    """Print a line on stderr, or on the terminal if stderr can no longer be written to."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

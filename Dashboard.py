@@ -5,8 +5,8 @@ with open_run(run_dir, data, config) as log:
     log.epoch(row, probs, labels)      # after each epoch
     log.results(results, probs)
 
-TensorBoard opens the first two groups of tags in the order of their names, so the curves that
-matter are called `epoch/...`, and everything else has a name that comes later.
+TensorBoard sorts the groups of tags by name and opens only the first two. The most important curves
+are therefore called `epoch/...`, and all other groups have names that come later.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from Runs import Config
 
 @contextlib.contextmanager
 def open_run(run_dir: Path, data: PathData, config: Config) -> Iterator["Log"]:
-    """Hold a run's folder while the run is trained: locked against other processes, with the
-    options in config.json (from then on the run can be resumed) and its TensorBoard logs open."""
+    """Lock a run's folder against other processes, write config.json (from then on the run can be
+    resumed), and keep the TensorBoard logs open while the run is trained."""
     with Runs.locked(run_dir):
         last = run_dir / "last.pt"
         first_step = Runs.load_checkpoint(last)["epoch"] + 1 if last.exists() else 0
@@ -53,8 +53,9 @@ def open_run(run_dir: Path, data: PathData, config: Config) -> Iterator["Log"]:
 
 def open_writer(folder: Path, first_step: int) -> SummaryWriter:
     """Open a TensorBoard log. Events from `first_step` on were written by the interrupted run;
-    TensorBoard hides them. It reads a folder's files in the order of the times in their names, so
-    the files that are there get times long ago: a clock that was set back does no harm."""
+    TensorBoard hides them. TensorBoard reads the files in the order of the times in their names.
+    The existing files are renamed to times long ago, so that the new file comes last even if the
+    clock was set back."""
     for number, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
         earlier = re.sub(r"tfevents\.\d+", f"tfevents.{number:010d}", path.name)
         path.rename(folder / earlier)
@@ -62,8 +63,9 @@ def open_writer(folder: Path, first_step: int) -> SummaryWriter:
 
 
 class Log:
-    """The three TensorBoard logs of a run: its own, and those of train and val, which are two
-    colours of one chart. `first_step` is the first epoch that is not logged yet."""
+    """The three TensorBoard logs of a run: one for the run itself, and one each for train and val,
+    so that a chart shows both as two curves. `first_step` is the first step that this process
+    logs."""
 
     def __init__(self, run_dir: Path, data: PathData, config: Config, first_step: int) -> None:
         self.run_dir = run_dir
@@ -81,7 +83,7 @@ class Log:
         self.run.add_text("layers", markdown_table(layer_texts(model, data.size)))
         tiles = torch.from_numpy(data.images["train"][:8])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch.jit")  # how add_graph traces
+            warnings.filterwarnings("ignore", message="`torch.jit")  # add_graph still uses it
             self.run.add_graph(model.eval(), to_float(tiles[:1].to(model.temperature.device)))
         generator = torch.Generator().manual_seed(config.seed)
         views, _ = augment(tiles, torch.zeros(len(tiles), 1), generator, config)
@@ -89,7 +91,7 @@ class Log:
         note = Figures.data_note(data.kind)
         figure = Figures.augmentation_figure(tiles.numpy(), views.numpy(), note)
         self.picture("augmentation", figure, 0)
-        self.run.flush()  # before the first checkpoint: a resumed run does not log this again
+        self.run.flush()  # before the first checkpoint, because a resumed run skips this method
 
     def text(self, name: str, values: dict) -> None:
         """Log names and values as a table."""
@@ -107,7 +109,7 @@ class Log:
         for short, recall in zip(SHORT_NAMES, row["val_recall"], strict=True):
             scores[f"recall/{short}"] = recall
         for tag, score in scores.items():
-            if not math.isnan(score):  # of a class that val does not have
+            if not math.isnan(score):  # nan: val has no image of this class
                 self.val.add_scalar(tag, score, epoch)
         self.run.add_scalar("learning rate", row["lr"], epoch)
         self.run.add_scalar("speed/images per second", row["images_per_second"], epoch)
@@ -116,7 +118,7 @@ class Log:
             note = f"epoch {epoch}, {Figures.split_note('val', self.data.kind)}"
             self.picture("confusion by epoch", Figures.confusion_figure(matrix, note), epoch)
         for writer in (self.run, self.train, self.val):
-            writer.flush()  # before the checkpoint: the log of a resumed run then has no gap
+            writer.flush()  # before the checkpoint, so that a resumed run's log has no gap
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
         """Log a figure."""
@@ -124,7 +126,8 @@ class Log:
 
     def results(self, results: dict, probs: dict) -> None:
         """Log the saved figures, precision-recall curves, the table of results and the row in
-        HParams. The step is one behind the last epoch: what a resumed run logs replaces it."""
+        HParams. The step is the last epoch plus one, so that a resumed run replaces these
+        entries."""
         step = results["epochs"] + 1
         for path in sorted((self.run_dir / "figures").glob("*.png")):
             pixels = np.asarray(Image.open(path))
@@ -138,8 +141,8 @@ class Log:
         self.hparams(results, step)
 
     def hparams(self, results: dict, step: int) -> None:
-        """Log the run's row in the table of HParams, with as many columns as TensorBoard shows
-        unasked; all options are in the text "config"."""
+        """Log the run's row in the table of HParams, with only as many columns as TensorBoard shows
+        by default. The text "config" has all options."""
         options = ("model", "epochs", "batch_size", "lr", "seed")
         values = {option: getattr(self.config, option) for option in options}
         scores = {}

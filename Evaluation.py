@@ -1,4 +1,4 @@
-"""What is said about a model's probabilities: metrics, calibration, Grad-CAM, result files.
+"""Evaluate a model's probabilities: metrics, calibration, Grad-CAM, result files.
 
     metrics = compute_metrics(probs, labels)
     print(plain_table(result_texts({"test": metrics})))
@@ -34,11 +34,11 @@ RESULTS = {
     "test_tta": ("test", True),
 }
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
-TINY = 1e-37  # about the least float32: keeps a probability that underflowed to 0 from giving inf
+TINY = 1e-37  # close to the smallest float32; prevents log(0) and division by 0
 
 
 def validation_metrics(probs: ndarray, labels: ndarray) -> dict:
-    """Return the few metrics that are followed from epoch to epoch. "loss" (mean negative log
+    """Return the few metrics that are computed after every epoch: "loss" (mean negative log
     likelihood, nats) and "loss_se" (its standard error over the images), "accuracy", "auc"
     (`macro_auc`) and "recall" (9 floats, nan where a class has no images). Probabilities that are
     not finite give a loss and an AUC of nan, so that the training loop can say what happened."""
@@ -58,7 +58,7 @@ def validation_metrics(probs: ndarray, labels: ndarray) -> dict:
 
 
 def compute_metrics(probs: ndarray, labels: ndarray) -> dict:
-    """Return every metric of one split, in plain Python types that JSON can hold. "accuracy"; "auc"
+    """Return every metric of one split, in plain Python types that JSON can hold: "accuracy"; "auc"
     (`macro_auc`, None where undefined); "macro_f1" and "balanced_accuracy" (means of F1 and recall
     over the classes that have images); "loss" (mean negative log likelihood, nats); "ece"
     (`expected_calibration_error`); "accuracy_ci95" [low, high] (Wilson's interval over images);
@@ -116,8 +116,8 @@ def macro_auc(probs: ndarray, labels: ndarray) -> float:
 
 def fit_temperature(probs: ndarray, labels: ndarray) -> float:
     """Return the T with which softmax(log(probs) / T) has the lowest loss (Guo et al. 2017). A
-    normal prior on log T, of mean 0 and standard deviation 1/2, keeps it near 1 where images are
-    few; it weighs as much as their likelihood at about four of them."""
+    normal prior on log T (mean 0, standard deviation 1/2) keeps T near 1 if there are few images.
+    It counts about as much as four images."""
 
     def loss(log_t: float) -> float:
         fitted = with_temperature(probs, np.exp(log_t))
@@ -132,15 +132,15 @@ def with_temperature(probs: ndarray, temperature: float) -> ndarray:
 
 
 def expected_calibration_error(probs: ndarray, labels: ndarray) -> float:
-    """Return the ECE in 0..1: |accuracy - mean confidence| of each bin, averaged over images. 15
-    bins of equal width, closed on the right (Guo et al. 2017, arXiv 1706.04599, eq. 3). `probs` (N,
-    9), `labels` (N,)."""
+    """Return the ECE in 0..1: |accuracy - mean confidence| of each bin, averaged over the images.
+    There are 15 bins of equal width, closed on the right (Guo et al. 2017, arXiv 1706.04599, eq.
+    3). `probs` (N, 9), `labels` (N,)."""
     counts, accuracy, confidence = reliability_bins(probs, labels)
     return float(np.sum(counts * np.abs(accuracy - confidence)) / len(labels))
 
 
 def reliability_bins(probs: ndarray, labels: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """Return images, accuracy and mean confidence of each bin: three (15,), 0 in empty bins."""
+    """Return the number of images, accuracy and mean confidence per bin, each (15,); 0 if empty."""
     correct = probs.argmax(axis=1) == labels
     confidence = probs.max(axis=1).astype(np.float64)
     edges = np.linspace(0, 1, ECE_BINS + 1)
@@ -166,12 +166,12 @@ def result_texts(metrics_by_key: dict) -> list[list]:
 
 
 def write_predictions(out_dir: Path, results: dict, probs: ndarray) -> None:
-    """Write the probabilities on test as `medmnist.Evaluator` (3.0.2, evaluator.py) writes them:
-    one line per image, `index,p0,...,p8`, no header. AUC and accuracy stand in the file's name, and
-    the size of the images unless it is 28 px."""
+    """Write the test probabilities in the format of `medmnist.Evaluator` (3.0.2, evaluator.py): one
+    line per image, `index,p0,...,p8`, no header. The file name contains the AUC, the accuracy, and
+    the image size unless it is 28 px."""
     test, size = results["test"], results["dataset"]["size"]
     auc = float("nan") if test["auc"] is None else test["auc"]
-    run = out_dir.resolve().name.replace(".", "_")  # medmnist's parser cuts it at a dot
+    run = out_dir.resolve().name.replace(".", "_")  # medmnist's parser cuts the name at a dot
     flag = "pathmnist" if size == 28 else f"pathmnist_{size}"
     name = f"{flag}_test_[AUC]{auc:.3f}_[ACC]{test['accuracy']:.3f}@{run}.csv"
     # str() of a numpy number is the shortest text that reads back as the same number.
@@ -189,7 +189,7 @@ def result_figures(
     right = test.argmax(axis=1) == labels
     first, wrong = np.flatnonzero(right)[:5], np.flatnonzero(~right)[:4]
     shown = np.concatenate([first, wrong])
-    cam_note = f"{note}: first {len(first)} right and first {len(wrong)} wrong"
+    cam_note = f"{note}: first {len(first)} correct, first {len(wrong)} incorrect"
     heatmaps = grad_cam(model, images[shown])
     bins, ece = reliability_bins(test, labels), results["test"]["ece"]
     table = layer_table(model, data.size)
@@ -210,7 +210,7 @@ def result_figures(
 
 
 def save_figures(out_dir: Path, figures: dict) -> None:
-    """Save figures by their names in the folder's own folder `figures`."""
+    """Save each figure under its name in the subfolder `figures`."""
     (out_dir / "figures").mkdir(exist_ok=True)
     for name, figure in tqdm(figures.items(), desc="figures", unit="figure", disable=None):
         Figures.save(figure, out_dir / "figures" / f"{name}.png")
@@ -224,7 +224,7 @@ def summarise_seeds(results: list, probs: list, data: PathData) -> dict:
         summary[key] = {"mean": {}, "std": {}}
         for name in ("accuracy", "auc", "macro_f1", "loss", "ece"):
             values = [run[key][name] for run in results]
-            if None not in values:  # of an AUC that is undefined
+            if None not in values:  # None: an AUC that is undefined
                 summary[key]["mean"][name] = float(np.mean(values))
                 summary[key]["std"][name] = float(np.std(values, ddof=1))
         together = np.mean([run[key] for run in probs], axis=0)
@@ -233,14 +233,15 @@ def summarise_seeds(results: list, probs: list, data: PathData) -> dict:
 
 
 def grad_cam(model: TissueModel, images: ndarray, classes: ndarray | None = None) -> ndarray:
-    """Return where in each image the evidence for a class lies (Selvaraju et al. 2017). arXiv
-    1610.02391, equations 1 and 2: the channels of the model's `gradcam_layer` are averaged with the
-    weights d(logit) / d(activation), averaged over the positions, and only what speaks for the
-    class is kept. Takes uint8 images (N, S, S, 3) and the classes (N,) to explain, by default the
-    predicted ones. Returns float32 (N, S, S), 1 at each image's strongest point, all 0 where
-    nothing speaks for the class. Runs in float32 and leaves the model in eval mode."""
+    """Return heatmaps of the evidence for a class in each image (Selvaraju et al. 2017, arXiv
+    1610.02391, equations 1 and 2). The channels of the model's `gradcam_layer` are added up, each
+    weighted by d(logit) / d(activation) averaged over the positions. Negative sums become 0, so
+    that only evidence for the class is left. Takes uint8 images (N, S, S, 3) and the classes (N,)
+    to explain, by default the predicted ones. Returns float32 (N, S, S), scaled to a maximum of 1
+    per image, or all 0 if there is no evidence for the class. Runs in float32 and leaves the model
+    in eval mode."""
     device = next(model.parameters()).device
-    # An input that needs a gradient makes every activation differentiable, frozen weights or not.
+    # With an input that needs a gradient this works even if the weights are frozen.
     inputs = to_float(torch.from_numpy(images).to(device)).requires_grad_()
     activations: list = []
 

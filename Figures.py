@@ -3,7 +3,8 @@
     save(confusion_figure(metrics["confusion_matrix"], note="test"), Path("confusion.png"))
 
 Everywhere, `probs` is float (N, 9) with rows that sum to 1, `labels` is int (N,) in 0..8, and N is
-1 or more. A figure shows its `note` under the title: which split, and whether it is synthetic.
+1 or more. A figure shows its `note` under the title: which split, and whether the data is
+synthetic.
 """
 
 import functools
@@ -21,12 +22,13 @@ from matplotlib.figure import Figure
 from numpy import ndarray
 from PIL import Image
 
-from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC
+from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC, UserError
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
 SPLIT_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN}
-WIDTH = 7.0  # inches; with text of 12 points, legible where a phone shows it 2.5 inches wide
+DPI = 150
+WIDTH = 7.0  # inches; 12-point text stays legible if a phone shows the figure 2.5 inches wide
 STYLE = ["default", str(Path(__file__).with_name("house.mplstyle"))]
 # No-break spaces hold a code and its name on one line.
 CODES = ", ".join(
@@ -36,7 +38,7 @@ CODES = ", ".join(
 
 
 def house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Make a function draw its figure in the house style, whatever the user's (a decorator)."""
+    """Decorator: draw the figure in the house style, whatever the user's matplotlib settings."""
 
     @functools.wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Figure:
@@ -48,36 +50,41 @@ def house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-def save(figure: Figure, file: Path | io.BytesIO, dpi: int = 150) -> None:
-    """Write a figure as PNG: background, size and late ticks obey the settings of that moment."""
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, in the house style: some settings only take effect on saving.
+    UserError if there is a file of that name which Matplotlib did not write: it is the user's."""
+    if path.exists() and b"Matplotlib" not in path.read_bytes()[:1000]:
+        raise UserError(f"{path}: exists, and is not a figure of this program; move it elsewhere")
     with style.context(STYLE):
-        figure.savefig(file, dpi=dpi)
+        figure.savefig(path, dpi=DPI)
 
 
 def pixels(figure: Figure) -> ndarray:
-    """Return the saved figure's pixels, uint8 (height, width, 4)."""
+    """Return the pixels of the figure as it would be saved, uint8 (height, width, 4)."""
     buffer = io.BytesIO()
-    save(figure, buffer)
+    with style.context(STYLE):
+        figure.savefig(buffer, dpi=DPI)
     return np.asarray(Image.open(buffer))
 
 
 def data_note(kind: str) -> str:
-    """Return what every figure has to say about its data, from its kind."""
+    """Return the note that every figure of this kind of data must show ("" unless synthetic)."""
     return SYNTHETIC if kind == "synthetic" else ""
 
 
 def split_note(split: str, kind: str) -> str:
-    """Return which split a figure shows, and whether it is synthetic."""
+    """Return which split a figure shows, and whether the data is synthetic."""
     return f"{split} split, {SYNTHETIC}" if kind == "synthetic" else f"{split} split"
 
 
 @house_style
 def learning_curves(history: list, best_epoch: int, kind: str = "") -> Figure:
     """Draw loss and accuracy of train and val, and the learning rate, over the epochs. `history` is
-    what `fit` returned; `best_epoch` is the one whose weights were kept, `kind` the data's."""
+    what `fit` returned; `best_epoch` is the one whose weights were kept, `kind` is that of the
+    data."""
     caption = (
-        f"Dotted: epoch {best_epoch}, whose weights were kept. Train is measured on augmented "
-        "images while the weights change."
+        f"Dotted: epoch {best_epoch}, whose weights were kept. Train loss and accuracy are "
+        "measured on augmented images while the weights change."
     )
     figure = _figure(6, "Learning curves", data_note(kind), caption)
     panels = figure.subplot_mosaic([["loss", "accuracy"], ["lr", "lr"]], height_ratios=[3, 1])
@@ -104,7 +111,7 @@ def confusion_figure(matrix: list | ndarray, note: str = "") -> Figure:
     """Draw a confusion matrix (9, 9), rows true: counts and percent of the row in each cell."""
     counts = np.asarray(matrix)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    caption = "In each cell: images, and their percentage of the true class (colour)."
+    caption = "In each cell: number of images, and their percentage of the true class (colour)."
     figure = _figure(7.6, "Confusion matrix", note, f"{caption}\n{CODES}")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -128,7 +135,7 @@ def confusion_figure(matrix: list | ndarray, note: str = "") -> Figure:
 def per_class_figure(metrics: dict, note: str = "") -> Figure:
     """Draw precision and recall of each class as bars, from what `compute_metrics` returned."""
     rows = [metrics["per_class"][name] for name in CLASS_NAMES]
-    figure = _figure(8, "Precision and recall by class", note, f"n: images of the class.\n{CODES}")
+    figure = _figure(8, "Precision and recall by class", note, f"n: number of images.\n{CODES}")
     axes = figure.subplots()
     for key, colour, offset in (("precision", BLUE, -0.2), ("recall", ORANGE, 0.2)):
         values = [row[key] for row in rows]
@@ -146,9 +153,9 @@ def per_class_figure(metrics: dict, note: str = "") -> Figure:
 def examples_figure(
     images: ndarray, labels: ndarray, probs: ndarray, correct: bool, note: str = ""
 ) -> Figure:
-    """Draw at most twelve correctly (or incorrectly) classified images, uint8 (N, S, S, 3). One of
-    each class, or of each confusion (the commonest first), as far as there is room; then others.
-    They are sorted by true class."""
+    """Draw at most twelve correctly (or incorrectly) classified images, uint8 (N, S, S, 3). First
+    one of each class (or of each confusion, the most common first) is chosen, then others. They are
+    shown sorted by true class."""
     candidates = np.flatnonzero((probs.argmax(axis=1) == labels) == correct)
     drawn = np.random.default_rng(0).permutation(candidates)
     pairs = [(labels[index], probs[index].argmax()) for index in drawn]
@@ -157,11 +164,11 @@ def examples_figure(
     chosen = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:12].astype(int)
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     kind = "Correctly" if correct else "Incorrectly"
-    each = "class" if correct else "confusion (or of the commonest)"
+    each = "class" if correct else "confusion, the most common first"
     caption = (
         f"{kind} classified: {len(candidates):,} of {len(labels):,} images. "
-        f"Shown, by true class: {len(chosen)} drawn at random (seed 0), one of each {each}, "
-        f"then others. Percentage: probability of the predicted class.\n{CODES}"
+        f"Shown, sorted by true class: {len(chosen)} images drawn at random (seed 0), one of each "
+        f"{each}, then others. Percentage: probability of the predicted class.\n{CODES}"
     )
     titles = [_verdict(probs[index], labels[index]) for index in chosen]
     figure = _tiles(4, images[chosen], titles, f"{kind} classified images", note, caption)
@@ -178,8 +185,9 @@ def reliability_figure(
     The first three are what `Evaluation.reliability_bins` returned."""
     bins = len(counts)
     caption = (
-        f"Images in {bins} bins by confidence, the probability of the predicted class. ECE: the "
-        "distance between accuracy and mean confidence, averaged over the images."
+        f"The images are put into {bins} bins by confidence, the probability of the predicted "
+        "class. ECE: absolute difference between accuracy and mean confidence of a bin, averaged "
+        "over the images."
     )
     figure = _figure(7.2, f"Reliability: ECE {ece:.3f}", note, caption)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -202,8 +210,9 @@ def reliability_figure(
 def augmentation_figure(plain: ndarray, augmented: ndarray, note: str = "") -> Figure:
     """Draw images, uint8 (N, S, S, 3), beside their augmented versions, floats in about [0, 1]."""
     caption = (
-        "Each pair: left as in the file, right as training may see it. A patch of another tile is "
-        "CutMix's: one serves a whole batch, and not every batch gets one."
+        "Each pair: left the image in the file, right the image after random augmentation. Patches "
+        "of another image come from CutMix: all images of a batch have the patch in the same "
+        "place, and not every batch has patches."
     )
     return _tiles(3, _pairs(plain, augmented), [], "Augmentation", note, caption)
 
@@ -216,12 +225,12 @@ def gradcam_figure(
     probs: ndarray,
     note: str = "",
 ) -> Figure:
-    """Draw each image beside its Grad-CAM heatmap laid over the image in grey. `images` uint8 (N,
-    S, S, 3), `heatmaps` (N, S, S) in [0, 1] from `Evaluation.grad_cam`; a label is None where
-    nobody knows it."""
+    """Draw each image beside its Grad-CAM heatmap, which is laid over a grey copy of the image.
+    `images` uint8 (N, S, S, 3), `heatmaps` (N, S, S) in [0, 1] from `Evaluation.grad_cam`; a label
+    is None if it is unknown."""
     caption = (
-        "Yellow: what spoke most for the predicted class, violet: what did not. Percentage: "
-        "its probability."
+        "Yellow: strongest evidence for the predicted class, violet: no evidence. Percentage: "
+        "probability of that class."
     )
     if labels[0] is not None:
         caption += " Blue frame: classified correctly, orange: incorrectly."
@@ -235,19 +244,18 @@ def gradcam_figure(
 def predictions_figure(
     tiles: ndarray, probs: ndarray, heatmaps: ndarray | None, note: str = ""
 ) -> Figure:
-    """Draw at most fifty new tiles, uint8 (N, S, S, 3), with class and probability. The least
-    certain come first. `heatmaps` (N, S, S) in [0, 1] are drawn beside them."""
+    """Draw at most fifty new tiles, uint8 (N, S, S, 3), with class and probability, the least
+    certain first. If given, `heatmaps` (N, S, S) in [0, 1] are drawn beside the tiles."""
     order = np.argsort(probs.max(axis=1), kind="stable")[:50]
     caption = (
-        f"{len(order)} of {len(tiles)} tiles, the least certain first: row of predictions.csv, "
-        "counted from 0; class, probability."
+        f"{len(order)} of {len(tiles)} tiles, the least certain first. Above each tile: its row in "
+        "predictions.csv (counted from 0, without the header), the predicted class and its "
+        "probability."
     )
     columns, shown = 6, tiles[order] / 255
     if heatmaps is not None:
         columns, shown = 4, _explained(tiles[order], heatmaps[order])
-        caption += (
-            " Right: Grad-CAM; yellow is what spoke most for that class, violet what did not."
-        )
+        caption += " Right: Grad-CAM; yellow: strongest evidence for that class, violet: none."
     titles = []
     for index in order:
         guess = int(probs[index].argmax())
@@ -258,15 +266,15 @@ def predictions_figure(
 
 @house_style
 def architecture_figure(table: list, name: str) -> Figure:
-    """Draw the model's named stages as boxes, with what each holds and its output shape. `table` is
-    what `MyModels.layer_table` returned. A part called "skip" is drawn as an arrow around the
+    """Draw the model's named stages as boxes, with the layers and the output shape of each. `table`
+    is what `MyModels.layer_table` returned. A part called "skip" is drawn as an arrow around the
     layers that it skips."""
     stages: dict[str, list] = {}
     for row in table:
         stage = row[0].removeprefix("net.").split(".")[0]
         stages.setdefault(stage, []).append(row)
     total = sum(row[4] for row in table)
-    caption = "Top to bottom. At the right: output shape (channels x height x width), parameters."
+    caption = "On the right: output shape (channels x height x width) and number of parameters."
     if any(".skip" in row[0] for row in table):
         caption += " Orange: skip connection, added before the stage's last ReLU."
     figure = _figure(1.7 + 0.75 * len(stages), f"{name}: {total:,} parameters", "", caption)
@@ -300,7 +308,7 @@ def _draw_stage(axes: Axes, y: int, stage: str, rows: list) -> None:
 
 
 def _layer_names(rows: list) -> str:
-    """Return the layers' types and kernels (or units) as one text, or how many they are."""
+    """Return the layers' types and kernels (or units) as one text, or their number if 9 or more."""
     names = []
     for _, kind, kernel, shape, _ in rows:
         size = shape if kind == "Linear" else kernel
@@ -311,8 +319,8 @@ def _layer_names(rows: list) -> str:
 
 @house_style
 def sample_grid(images: ndarray, labels: ndarray, kind: str, columns: int = 6) -> Figure:
-    """Show random images, uint8 (N, S, S, 3), of every class, one row a class, drawn with seed 0:
-    `columns` of them, fewer where the class has fewer. `kind` is that of the data."""
+    """Show `columns` random images (seed 0), uint8 (N, S, S, 3), of every class, or fewer if the
+    class has fewer. Each class is one row. `kind` is that of the data."""
     figure = _figure(7.8, _data_title(kind, "random train images of each class"), "", "")
     grid = figure.subplots(len(CLASSES), columns)
     rng = np.random.default_rng(0)
@@ -331,7 +339,9 @@ def sample_grid(images: ndarray, labels: ndarray, kind: str, columns: int = 6) -
 def class_distribution(labels: dict, kind: str) -> Figure:
     """Show each class's share of the three splits, with the counts. `labels` are those of each
     split, `kind` is that of the data."""
-    figure = _figure(9, _data_title(kind, "class distribution"), "", "Beside each bar: images.")
+    figure = _figure(
+        9, _data_title(kind, "class distribution"), "", "Beside each bar: number of images."
+    )
     axes = figure.subplots()
     for index, (split, colour) in enumerate(SPLIT_COLOURS.items()):
         counts = np.bincount(labels[split], minlength=len(CLASSES))
@@ -350,7 +360,7 @@ def class_distribution(labels: dict, kind: str) -> Figure:
 
 
 def _data_title(kind: str, text: str) -> str:
-    """Return a figure's title, which says so where the data is not real, or not all of it."""
+    """Return a figure's title, which also says if the data is synthetic or only a subset."""
     names = {"official": "PathMNIST", "synthetic": SYNTHETIC}
     return f"{names.get(kind, 'PathMNIST, a subset')}: {text}"
 
@@ -371,7 +381,7 @@ def _figure(height: float, title: str, note: str, caption: str) -> Figure:
 
 
 def _legend_above(axes: Axes, side: str, columns: int) -> None:
-    """Put the legend over the axes at the left or right, where it hides no data."""
+    """Put the legend above the axes, at the left or right, so that it hides no data."""
     x = 0 if side == "left" else 1
     place: Any = f"lower {side}"
     axes.legend(loc=place, bbox_to_anchor=(x, 1), ncols=columns, columnspacing=1)

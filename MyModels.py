@@ -17,8 +17,8 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Normalize(nn.Module):
-    """Subtract the training pixels' channel mean and divide by their standard deviation. Both are 3
-    floats in units of [0, 1], kept as buffers: they are saved with the weights, so that a
+    """Subtract each channel's mean over the training pixels and divide by its standard deviation.
+    Both are 3 floats on the scale 0 to 1. They are buffers and so are saved with the weights: a
     checkpoint can never be used with another data set's normalisation."""
 
     mean: Tensor
@@ -36,10 +36,11 @@ class Normalize(nn.Module):
 
 
 class TissueModel(nn.Module):
-    """What every model of this project does: it normalises images, float (N, 3, S, S) in [0, 1],
-    and returns logits (N, 9), divided by a temperature that makes the probabilities honest (1 until
-    `Training.calibrate` has fitted it). `mean` and `std` are the training images'. A new model is
-    one class with two methods, `logits` and `gradcam_layer`, and an entry in `MODELS`."""
+    """Base class of the models. It normalises images, float (N, 3, S, S) in [0, 1], and returns
+    logits (N, 9). They are divided by a temperature that calibrates the probabilities (1 until
+    `Training.calibrate` has fitted it). `mean` and `std` are those of the training images. To add a
+    model, write a subclass with two methods, `logits` and `gradcam_layer`, and an entry in
+    `MODELS`."""
 
     temperature: Tensor
 
@@ -57,16 +58,16 @@ class TissueModel(nn.Module):
         raise NotImplementedError
 
     def gradcam_layer(self, size: int) -> nn.Module:
-        """Return the layer whose output Grad-CAM explains, for images of that size: the last one
-        of 7 x 7 positions or more."""
+        """Return the layer whose output Grad-CAM uses for images of that size: the last one with at
+        least 7 x 7 positions."""
         raise NotImplementedError
 
 
 class SkipStage(nn.Module):
     """Two 3x3 convolutions, each with BatchNorm, and a skip connection around both. The skip
-    connection is a 1x1 convolution that matches the widths: (N, in, S, S) becomes (N, out, S, S).
-    The last BatchNorm starts at zero, so that every stage starts as its skip connection alone
-    (Goyal et al. 2017, arXiv 1706.02677, section 5.1)."""
+    connection is a 1x1 convolution that changes the number of channels: (N, in, S, S) becomes (N,
+    out, S, S). The last BatchNorm starts at zero, so that every stage starts as its skip connection
+    alone (Goyal et al. 2017, arXiv 1706.02677, section 5.1)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -88,10 +89,10 @@ class SkipStage(nn.Module):
 
 class SkipCNN(TissueModel):
     """The project's CNN: a full-resolution stem, three skip stages and a dense head. A MaxPool
-    before each stage halves the resolution; of an odd size, the last row and column are pooled
-    alone. The stem's comes before its second BatchNorm, which leaves only a quarter of the values
-    to normalise and activate. `widths` are the channels of the stem's two convolutions and of the
-    stages. Images need 8 pixels a side or more."""
+    before each stage halves the resolution; if a size is odd, the last row and column are pooled on
+    their own. The stem's MaxPool comes before its second BatchNorm, so that BatchNorm and ReLU have
+    only a quarter of the values to process. `widths` are the numbers of channels of the stem's two
+    convolutions and of the stages."""
 
     def __init__(
         self,
@@ -135,9 +136,9 @@ class SkipCNN(TissueModel):
 
 
 class ResNet18(TissueModel):
-    """torchvision's ResNet-18 with a 3x3 stride-1 stem and no first pooling. The ImageNet stem
-    would shrink 28 px to 7 px before the first block; this is the variant that MedMNIST's official
-    experiments use at 28 px."""
+    """torchvision's ResNet-18 with a 3x3 stride-1 stem and without the max pooling after it. The
+    ImageNet stem would shrink 28 px to 7 px before the first block; this is the variant that
+    MedMNIST's official experiments use at 28 px."""
 
     def __init__(self, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> None:
         from torchvision.models import resnet18  # here, because this import takes two seconds

@@ -12,9 +12,9 @@ from Runs import Config
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list:
-    """Return Muon for the kernels behind the first layer, and AdamW for everything else. Both take
-    the same learning rate. Biases and BatchNorm scales are not decayed (He et al. 2019, arXiv
-    1812.01187)."""
+    """Return Muon for the convolution kernels after the first layer, and AdamW for everything else.
+    Both use the same learning rate. Biases and BatchNorm parameters get no weight decay (He et al.
+    2019, arXiv 1812.01187)."""
     kernels, matrices, vectors = [], [], []
     for parameter in model.parameters():
         if parameter.ndim == 4 and parameter.shape[1] > 3:  # the first layer sees 3 channels
@@ -37,15 +37,16 @@ def make_optimizers(model: nn.Module, config: Config) -> list:
 
 
 class ConvMuon(torch.optim.Optimizer):
-    """Muon for convolution kernels, orthogonalising in `dtype`; torch's own always does in bf16.
-    Muon moves the averaged gradient of a matrix (its momentum) towards the nearest orthogonal
-    matrix, so that its weak directions learn at nearly the pace of its strong ones. A kernel (out,
-    in, k, k) is taken as a matrix (out, k * k * in). Steps are scaled to the size of AdamW's (Liu
-    et al. 2025, arXiv 2502.16982). Steps equal those of `torch.optim.Muon`."""
+    """Muon for convolution kernels. It orthogonalises in `dtype`, while `torch.optim.Muon` always
+    uses bf16. Muon replaces the momentum of a weight matrix by approximately the nearest orthogonal
+    matrix, so that weak directions of the gradient are learned almost as fast as strong ones. A
+    kernel (out, in, k, k) is treated as a matrix (out, k * k * in). Steps are scaled to the size of
+    AdamW's (Liu et al. 2025, arXiv 2502.16982). In bf16 they equal those of `torch.optim.Muon` with
+    `adjust_lr_fn="match_rms_adamw"`."""
 
     def __init__(self, kernels: list, dtype: torch.dtype, **options: float) -> None:
         self.dtype = dtype
-        # Muon's usual five steps orthogonalise more exactly; here they gain nothing.
+        # Muon's usual five steps orthogonalise more exactly, but did not improve the results.
         super().__init__(kernels, {"ns_steps": 3, "momentum": 0.95, **options})
 
     @torch.no_grad()
@@ -67,9 +68,10 @@ class ConvMuon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Return the matrix with its singular values moved towards 1: about the nearest orthogonal one.
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a
-    step multiplies small singular values by 3.4 and keeps large ones between about 0.7 and 1.2."""
+    """Return the matrix with its singular values moved towards 1, which is roughly the nearest
+    orthogonal matrix. Uses the quintic Newton-Schulz iteration of Jordan et al. 2024
+    (kellerjordan.github.io/posts/muon): a step multiplies small singular values by 3.4 and keeps
+    large ones between about 0.7 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = len(matrix) > matrix.shape[1]
     x = matrix.T if is_tall else matrix

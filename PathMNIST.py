@@ -1,22 +1,23 @@
 """Train a small CNN on PathMNIST and evaluate it on val and test.
 
-    python PathMNIST.py                       # find the data, train, evaluate
+    python PathMNIST.py                       # find data, train, evaluate
     python PathMNIST.py --data pathmnist.npz --seeds 0 1 2 3 4
     python PathMNIST.py --resume runs/NAME    # continue an interrupted run
     python PathMNIST.py --evaluate runs/NAME  # evaluate again, no training
 
-Every run leaves its own folder: TensorBoard log, weights, metrics, figures,
-predictions. New tiles are classified by Predict.py.
+Every run writes a folder with its TensorBoard log, weights, metrics,
+figures and predictions. Predict.py classifies new tiles.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -90,8 +91,8 @@ def make_config(args: argparse.Namespace, data: PathData, device: str) -> Config
 
 
 def train_seeds(data: PathData, config: Config, seeds: list, run_dir: Path) -> None:
-    """Train (or go on with) one run in `run_dir`, or one per seed in folders of their own. When the
-    user stops it, say how to go on."""
+    """Train (or continue) one run in `run_dir`, or one run per seed in its subfolders. If the user
+    stops the training, the message says how to continue."""
     try:
         if len(seeds) == 1:
             train(data, config, run_dir)
@@ -99,12 +100,13 @@ def train_seeds(data: PathData, config: Config, seeds: list, run_dir: Path) -> N
             train_each(data, config, seeds, run_dir)
     except Stopped as stopped:
         if (run_dir / "config.json").exists():
-            stopped.advice = f"; go on with: {Runs.resume_command(run_dir)}"
+            stopped.advice = f"; continue with: {Runs.resume_command(run_dir)}"
         raise
 
 
 def train_each(data: PathData, config: Config, seeds: list, run_dir: Path) -> None:
-    """Train one run per seed and summarise them. Seeds that are finished already are only read."""
+    """Train one run per seed and summarise them. A seed that is already finished is not trained
+    again."""
     with Runs.locked(run_dir):
         Runs.write_settings(run_dir, data, config, seeds)
         runs = []
@@ -118,7 +120,7 @@ def train_each(data: PathData, config: Config, seeds: list, run_dir: Path) -> No
 
 
 def train(data: PathData, config: Config, run_dir: Path) -> Results:
-    """Train one model into `run_dir` (or go on there), evaluate it, and return the results."""
+    """Train (or continue) one model in `run_dir`, evaluate it, and return the results."""
     train_loader = make_loader(data, "train", config.batch_size, config.device, shuffle=True)
     val_loader = make_loader(data, "val", Training.eval_batch(data.size), config.device)
     model = make_model(data, config)
@@ -135,7 +137,7 @@ def train(data: PathData, config: Config, run_dir: Path) -> Results:
 
 def read_results(data: PathData, run_dir: Path, device: str) -> Results:
     """Return the results of a finished run."""
-    print(f"{run_dir}: finished before")
+    print(f"{run_dir}: already finished")
     results = json.loads((run_dir / "metrics.json").read_text())
     model, _ = Runs.load_model(run_dir, device)
     return results, predict_all(model, data)
@@ -151,9 +153,9 @@ def make_model(data: PathData, config: Config) -> TissueModel:
 def evaluate(
     model: TissueModel, data: PathData, config: Config, training: dict, out_dir: Path
 ) -> Results:
-    """Evaluate on val and test; save predictions and figures, and return what metrics.json will
-    say. `training` is what it says about the training. The test split is used here, after training,
-    and nowhere before."""
+    """Evaluate on val and test, save predictions and figures, and return the content of
+    metrics.json and the probabilities. `training` is the part of metrics.json about the training.
+    The test split is not used before training has ended."""
     probs = predict_all(model, data)
     temperature = model.temperature.item()
     results = {
@@ -177,16 +179,16 @@ def evaluate(
 
 
 def finish(results: dict, out_dir: Path) -> None:
-    """Write metrics.json, the last file of a run, and print what was reached."""
+    """Write metrics.json, the last file of a run, and print the results."""
     write_json(out_dir / "metrics.json", results)
     data = results["dataset"]
     kind = SYNTHETIC if data["kind"] == "synthetic" else f"the {data['kind']} data"
     table = Evaluation.result_texts({key: results[key] for key in Evaluation.RESULTS})
     print(f"\nResults on {kind} in {data['path']}:\n{plain_table(table)}")
-    print("(_tta: mean over the eight flips and quarter turns of each image)")
+    print("(_tta: probabilities averaged over the eight flips and quarter turns of each image)")
     one, eight = results["test"]["accuracy"], results["test_tta"]["accuracy"]
     print(f"\nTest accuracy {one:.4f} from one view, {eight:.4f} from eight")
-    print(f"Everything is in {out_dir}; look at it with:")
+    print(f"All files are in {out_dir}. To see the run in TensorBoard:")
     print(f"tensorboard --logdir {shlex.quote(str(out_dir.parent))}")
 
 
@@ -209,7 +211,7 @@ def save_curves(history: list, data: PathData, run_dir: Path) -> None:
 
 
 def summarise_seeds(runs: list, data: PathData, out_dir: Path) -> None:
-    """Write summary.json, with mean and spread over the seeds and their ensemble, and print it."""
+    """Write summary.json (mean, s.d. and ensemble of the seeds) and print the accuracies."""
     results, probs = [run[0] for run in runs], [run[1] for run in runs]
     summary = Evaluation.summarise_seeds(results, probs, data)
     write_json(out_dir / "summary.json", summary)
@@ -231,29 +233,29 @@ def resume_run(args: argparse.Namespace) -> None:
     data = data_of_run(args, settings)
     if data.md5 != settings["dataset"]["md5"]:
         what = f"{data.path}: not the file that {run_dir} was trained on"
-        raise UserError(f"{what}; give that --data")
+        raise UserError(f"{what}; give that file with --data")
     train_seeds(data, config, settings["seeds"], run_dir)
 
 
 def evaluate_again(args: argparse.Namespace) -> None:
-    """Evaluate a finished run, or its runs of several seeds, on their own or other data."""
+    """Evaluate a finished run, or each seed of it, on its own data or on other data."""
     run_dir = args.evaluate
     device = Processor.choose_device(args.device or "auto")
     settings, _ = Runs.read_run(run_dir)
     folders = Runs.finished_dirs(run_dir)
     data, trained = data_of_run(args, settings), settings["dataset"]
     if data.size != trained["size"]:
-        what = f"{data.path}: images of {data.size} px, but {run_dir} knows {trained['size']} px"
-        raise UserError(f"{what}; give --data of that size")
+        what = f"{data.path}: images of {data.size} px"
+        raise UserError(f"{what}; {run_dir} was trained on {trained['size']} px: give such data")
     subfolder = "."
     if data.md5 != trained["md5"]:
         subfolder = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
-        print(f"Not the data that {run_dir} was trained on:\nresults go to its folder {subfolder}")
+        print(f"{run_dir} was trained on other data:\nthe results go to its subfolder {subfolder}")
     runs = []
     for folder in folders:
         model, checkpoint = Runs.load_model(folder, device)
         if "training" not in checkpoint:
-            print(f"{folder}: stopped before its end; --resume finishes it")
+            print(f"{folder}: training was stopped before its end; --resume continues it")
         out_dir = folder / subfolder
         out_dir.mkdir(exist_ok=True)
         config = Runs.config_from(checkpoint["config"])
@@ -275,7 +277,7 @@ def data_of_run(args: argparse.Namespace, settings: dict) -> PathData:
 
 
 class EpochSampler(BatchSampler):
-    """Batches of indices in an order that is a function of the number given to `set_epoch`."""
+    """Batches of indices. Their order depends only on the number given to `set_epoch`."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next epoch."""
@@ -285,10 +287,10 @@ class EpochSampler(BatchSampler):
 def make_loader(
     data: PathData, split: str, batch_size: int, device: str = "cpu", shuffle: bool = False
 ) -> DataLoader:
-    """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,) of a split. One index, a
-    list, fetches a whole batch (`batch_size=None` with a `BatchSampler`): no image is ever handled
-    alone. For a GPU the split lies in its memory, if it takes no more than half of what is free
-    there."""
+    """Return a loader of uint8 images (n, S, S, 3) and int64 labels (n,) of a split. The
+    `BatchSampler` yields lists of indices, and with `batch_size=None` each list fetches a whole
+    batch at once, because loading images one by one is slow. For a GPU, the split is copied to GPU
+    memory if it takes less than half of the free memory."""
     images = torch.from_numpy(data.images[split])
     labels = torch.from_numpy(data.labels[split])
     pin_memory = device == "cuda"
@@ -298,7 +300,7 @@ def make_loader(
     dataset = TensorDataset(images, labels)
     batches = BatchSampler(range(len(labels)), batch_size, drop_last=False)
     if shuffle:
-        # BatchNorm needs more than one image, so a last batch of one waits for another epoch.
+        # BatchNorm needs more than one image, so a last batch of one image is left out.
         drop_last = len(labels) % batch_size == 1 and len(labels) > 1
         batches = EpochSampler(RandomSampler(dataset, generator=Generator()), batch_size, drop_last)
     return DataLoader(dataset, batch_size=None, sampler=batches, pin_memory=pin_memory)
@@ -310,7 +312,7 @@ def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not within {low:.10g} to {high:.10g}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not between {low:.10g} and {high:.10g}")
         return value
 
     parse.__name__ = getattr(kind, "__name__", "number")  # named in argparse's error messages
@@ -320,7 +322,7 @@ def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
 def run_name(text: str) -> str:
     """Argparse type: a plain folder name, short enough for the files that are named after it."""
     if not re.fullmatch(r"(?a)[a-zA-Z0-9][\w.+-]{0,99}", text):
-        what = "at most 100 letters, digits and ._+-, a letter or digit first"
+        what = "a name of at most 100 letters, digits and ._+- that starts with a letter or digit"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return text
 
@@ -334,7 +336,7 @@ def parse_args(argv: list | None) -> argparse.Namespace:
         for name, value in vars(args).items():
             if value is not None and name not in (mode, "data", "device"):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag}: --{mode} keeps to the run's own options; leave it out")
+                raise UserError(f"{flag}: --{mode} uses the run's saved options; leave {flag} out")
     return args
 
 
@@ -345,13 +347,16 @@ def build_parser() -> Parser:
     group.add_argument(
         "--data",
         metavar="PATH",
-        help="npz file, or folder with pathmnist.npz (default: found or downloaded)",
+        help="npz file, or folder with pathmnist.npz "
+        "(default: search the usual places, then download)",
     )
     group.add_argument(
         "--log-dir", type=as_path, metavar="DIR", help="folder of all runs (default: runs)"
     )
     group.add_argument(
-        "--name", type=run_name, help="the run's folder there (default: model, seed, time)"
+        "--name",
+        type=run_name,
+        help="name of the run's folder in it (default: from model, seed and time)",
     )
     add_training_options(parser.add_argument_group("training"))
     group = parser.add_argument_group("instead of a new run (RUN: a run's folder, runs/NAME)")
@@ -361,7 +366,7 @@ def build_parser() -> Parser:
         "--evaluate",
         type=as_path,
         metavar="RUN",
-        help="evaluate a finished run, on its own --data or another",
+        help="evaluate a finished run on its own data, or on --data",
     )
     return parser
 
@@ -374,9 +379,9 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     rate = number(float, 1e-12, 1e12)
     decay = number(float, 0, 1e6)
     batch = number(int, 2, 65_536)
-    epochs = "default: by the number of images; for all of them {cpu} on a CPU, {cuda} on a GPU"
+    epochs = "default: by number of images: {cpu} on a CPU, {cuda} on a GPU for all of PathMNIST"
     epochs = epochs.format(**Training.EPOCHS)
-    patience = "stop after N epochs without a val loss near the lowest (default: a third, >= 5)"
+    patience = "stop if val loss is not near its lowest for N epochs (default: epochs / 3, >= 5)"
     add = group.add_argument
     add("--model", choices=MODELS, help=f"the network (default: {default.model})")
     add("--epochs", type=count, metavar="N", help=epochs)
@@ -385,7 +390,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=decay, metavar="X", help=f"default: {default.weight_decay}")
     add("--patience", type=count, metavar="N", help=patience)
     add("--device", choices=("auto", "cpu", "cuda"), help="default: a CUDA GPU, else the CPU")
-    add("--precision", choices=("auto", "fp32", "bf16"), help="default: bf16 where it is fast")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="default: bf16 if fast, else fp32")
     seeds = group.add_mutually_exclusive_group()
     one, several = f"default: {default.seed}", "one run per seed, and their ensemble"
     seeds.add_argument("--seed", type=seed, metavar="N", help=one)

@@ -3,19 +3,21 @@
     python Predict.py tile.png folder/                  # with runs/best
     python Predict.py folder/ --run runs/NAME --explain # with Grad-CAM
 
-Any images that Pillow reads are converted to RGB and shrunk to the model's size
-as PathMNIST was made. Writes predictions.csv; the probabilities are means over
-the eight flips and quarter turns of a tile.
+Any image that Pillow can read is converted to RGB and resized to the
+model's input size in the same way as PathMNIST's tiles were. Writes
+predictions.csv and predictions.png. The probabilities are averaged over the
+eight flips and quarter turns of a tile.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
 import csv
 import io
-import os
 import sys
 import tempfile
 import warnings
@@ -38,6 +40,7 @@ from Common import (
     Parser,
     UserError,
     as_path,
+    make_folder,
     plain_table,
     run_script,
     write_atomically,
@@ -75,13 +78,13 @@ def main(argv: list | None = None) -> None:
     if heatmaps is not None:
         save_heatmaps(good, tiles, heatmaps, probs, note, args.out / "gradcam")
     if len(good) < len(files):
-        what = f"{len(files) - len(good)} of {len(files)} files are not readable images"
+        what = f"{len(files) - len(good)} of {len(files)} files could not be read as images"
         raise UserError(f"{what}, named above; convert or remove them")
 
 
 def find_tiles(paths: list, out: Path) -> list:
-    """Return the files among `paths` and, sorted, those in the folders. Links to folders are
-    followed. Hidden files are left out, and so is `out`, the results' folder."""
+    """Return the files among `paths`, and the files inside the folders among them, sorted by name.
+    Links to folders are followed. Hidden files and the output folder `out` are left out."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}; ask for access, or leave it out")
@@ -109,12 +112,14 @@ def prepare_out(out: Path, files: list) -> None:
     if it holds one of the images, or if its predictions.csv is not one that this program wrote."""
     if any(file.parent.resolve() == out.resolve() for file in files):
         raise UserError(f"--out {out}: one of the images lies there; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     tempfile.TemporaryFile(dir=out).close()
-    old = out / "predictions.csv"
-    if old.exists() and not old.read_bytes().startswith(",".join(HEADER).encode()):
-        raise UserError(f"{old}: not written by this program; choose another --out")
-    if old.exists():
+    table, picture = out / "predictions.csv", out / "predictions.png"
+    is_ours = table.exists() and table.read_bytes().startswith(",".join(HEADER).encode())
+    for path in (table, picture):
+        if path.exists() and not is_ours:
+            raise UserError(f"{path}: not written by this program; choose another --out")
+    if is_ours:
         print(f"{out}: the results of an earlier run are replaced")
 
 
@@ -125,18 +130,20 @@ def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
         try:
             tiles.append(read_tile(path, size))
             good.append(path)
-        except Exception as error:  # whatever a decoder raises, the other files go on
+        except Exception as error:  # whatever a decoder raises, go on with the other files
             reason = " ".join(str(error).split())[:100]
             print(f"skipped {path}: {type(error).__name__}: {reason}", file=sys.stderr)
     if not good:
-        raise UserError(f"{files[0]}: not a readable image, nor is any other; check the paths")
+        what = f"{files[0]}: not a readable image, and neither is any other file"
+        raise UserError(f"{what}; check the paths")
     return good, np.stack(tiles)
 
 
 def read_tile(path: Path, size: int) -> ndarray:
-    """Read any image as PathMNIST was made: RGB, bilinear to size x size; uint8 (S, S, 3).
-    Transparent pixels become white, as an empty slide is. Raises an exception, mostly Pillow's,
-    when the file is no image, is too large, or has pixels of more than 8 bits."""
+    """Read any image and return it as uint8 (S, S, 3), converted to RGB and resized bilinearly, as
+    PathMNIST's tiles were. Transparent pixels become white, like an empty slide. Raises an
+    exception, mostly Pillow's, if the file is not an image, is too large, or has pixels of more
+    than 8 bits."""
     if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise ValueError("not a regular file")
     with warnings.catch_warnings():
@@ -144,9 +151,9 @@ def read_tile(path: Path, size: int) -> ndarray:
         with Image.open(path) as file:
             pages = getattr(file, "n_frames", 1)
             if pages > 1:
-                raise ValueError(f"{pages} pages or frames; cut it into tiles, a file for each")
+                raise ValueError(f"has {pages} pages or frames; save each tile as its own file")
             if file.mode.startswith(("I", "F")):
-                raise ValueError("pixels of more than 8 bits; convert them")
+                raise ValueError("more than 8 bits per channel; convert it to 8 bits")
             image: Image.Image = file
             if file.has_transparency_data:
                 image = file.convert("RGBA")
@@ -183,7 +190,7 @@ def write_predictions(files: list, probs: ndarray, path: Path) -> None:
 
 
 def explain(model: TissueModel, tiles: ndarray, probs: ndarray) -> ndarray:
-    """Return the Grad-CAM heatmaps (N, S, S) of the predicted classes, few tiles at a time."""
+    """Return the Grad-CAM heatmaps (N, S, S) of the predicted classes, computed in batches."""
     batch = Training.eval_batch(tiles.shape[1])
     heatmaps = []
     for start in tqdm(range(0, len(tiles), batch), desc="explain", unit="batch", disable=None):
@@ -195,7 +202,7 @@ def explain(model: TissueModel, tiles: ndarray, probs: ndarray) -> ndarray:
 def save_heatmaps(
     files: list, tiles: ndarray, heatmaps: ndarray, probs: ndarray, note: str, out: Path
 ) -> None:
-    """Draw each tile beside its heatmap, in a folder of their own."""
+    """Draw each tile beside its heatmap, one file per tile, in the folder `out`."""
     out.mkdir(exist_ok=True)
     for index, file in enumerate(tqdm(files, desc="draw", unit="tile", disable=None)):
         tile, heatmap, p = (array[index : index + 1] for array in (tiles, heatmaps, probs))
@@ -209,11 +216,12 @@ def parse_args(argv: list | None):
     parser = Parser(__doc__, usage="%(prog)s PATH... [options]")
     add = parser.add_argument
     add("paths", type=as_path, nargs="+", metavar="PATH", help="image, or folder of images")
-    run = "a run's folder (default: runs/best); of a run of several seeds, their ensemble"
+    run = "a run's folder (default: runs/best); a run of several seeds is used as an ensemble"
     add("--run", type=as_path, default=BEST, metavar="RUN", help=run)
     out = "folder for the results (default: predictions)"
     add("--out", type=as_path, default="predictions", metavar="DIR", help=out)
-    add("--explain", action="store_true", help="save each tile beside its Grad-CAM")
+    grad_cam_help = "save each tile beside its Grad-CAM (for an ensemble: of its first model)"
+    add("--explain", action="store_true", help=grad_cam_help)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     return parser.parse_args(argv)
 

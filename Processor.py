@@ -1,10 +1,9 @@
-"""What the program finds out about the processor, and sets there: nothing that changes a result
-but its speed.
+"""The device: which one to use, whether it is fast in bf16, and settings that make a CPU faster.
 
-    device = choose_device("auto")
-    with thread_adapter() as adapt_threads:
-        ...                                 # a training step
-        adapt_threads()
+device = choose_device("auto")
+with thread_adapter() as adapt_threads:
+    ...                                 # a training step
+    adapt_threads()
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from Common import UserError
 
 
 def choose_device(device: str) -> str:
-    """Return "cuda" or "cpu" for what `--device` says; UserError if it is not there."""
+    """Return "cuda" or "cpu" for a value of `--device`; UserError if there is no such device."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device auto or cpu")
@@ -49,27 +48,28 @@ def has_fast_bf16(device: str) -> bool:
 
 
 def prepare() -> None:
-    """Set what makes a step on a CPU faster; to be called before PyTorch starts a thread."""
+    """Change settings that make training on a CPU faster. Call it before PyTorch starts threads."""
     # The momenta of dead units decay to denormal numbers, which make float32 slow on Intel.
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # numpy's
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc would give freed memory back and fetch it page by page
+        # glibc returns freed memory to the system and has to fetch it again page by page.
+        if hasattr(libc, "mallopt"):
             libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
             libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
 @contextlib.contextmanager
 def thread_adapter() -> Iterator[Callable[[], None]]:
-    """Yield a function that lets PyTorch use as many threads as cores are free, if a second has
-    passed since it last did so. Threads wait for each other at every layer: where another program
-    takes the core of one, all of them come nearly to a halt. The first number of threads is the
-    most, less where a container may use fewer cores, and is restored at the end. The number of
-    threads changes the last bits of a result, so one that the user has set (`OMP_NUM_THREADS`) is
-    kept."""
+    """Yield a function that sets PyTorch's number of threads to the number of free cores, at most
+    once a second. Threads wait for each other at every layer, so if another program takes one
+    thread's core, all threads nearly stop. The number never exceeds the initial one, nor the cores
+    that a container may use, and the initial number is restored at the end. If the user has set
+    `OMP_NUM_THREADS`, nothing is changed, because the number of threads affects the last bits of a
+    result."""
     at_first = torch.get_num_threads()
-    most = min(at_first, joblib.cpu_count())  # knows affinity and the quota of a container
+    most = min(at_first, joblib.cpu_count())  # respects CPU affinity and container limits
     cores = psutil.cpu_count() or 1
     process = psutil.Process()
     last = 0.0
@@ -79,10 +79,10 @@ def thread_adapter() -> Iterator[Callable[[], None]]:
         if time.perf_counter() - last < 1:
             return
         first, last = last == 0, time.perf_counter()
-        with contextlib.suppress(OSError, psutil.Error):  # a system that does not tell
-            # Both percentages are means since the call before, and meaningless at the first.
+        with contextlib.suppress(OSError, psutil.Error):  # the system does not report its load
+            # Both percentages are averages since the previous call; the first ones mean nothing.
             others = cores * psutil.cpu_percent() / 100 - process.cpu_percent() / 100
-            free = most if first else int(cores - others + 0.3)  # .3: a core that is nearly free
+            free = most if first else int(cores - others + 0.3)  # a core that is 70 % free counts
             torch.set_num_threads(max(1, min(most, free)))
 
     try:

@@ -3,7 +3,7 @@
     run_dir = make_run_dir(Path("runs"), "first-try", "")
     model, checkpoint = load_model(run_dir, "cpu")
 
-A run of several seeds has a folder with one run per seed in it: seed0, seed1 and so on. A run is
+The folder of a run of several seeds contains one run per seed: seed0, seed1 and so on. A run is
 trained when its best.pt has a note on the training, and finished when it is evaluated too: then
 metrics.json, its last file, is there.
 """
@@ -52,7 +52,7 @@ class Config:
     flips: bool = True  # flips, quarter turns and shifts
     stain: float = 0.25  # half width of the stains' gain, see `stain_jitter`; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
-    cutmix: float = 0.5  # share of the batches whose images get a patch of another; 0: off
+    cutmix: float = 0.5  # share of the batches whose images get a patch of another image; 0: off
 
 
 def config_from(values: dict) -> Config:
@@ -63,9 +63,9 @@ def config_from(values: dict) -> Config:
 
 
 def make_run_dir(log_dir: Path, name: str | None, default: str) -> Path:
-    """Create a run's own folder. With a name it must be empty (or hold only what a run leaves that
-    was stopped before it began); without one, a number is added to the default name if it is taken.
-    UserError if there is no such folder and it cannot be made."""
+    """Create a run's own folder. A folder of the given `name` must be new or empty, except for
+    hidden files. If `name` is None, the default name is used, with a number added if it is taken.
+    UserError if the folder is not empty or cannot be created."""
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         if name is None:
@@ -74,7 +74,7 @@ def make_run_dir(log_dir: Path, name: str | None, default: str) -> Path:
         run_dir.mkdir(exist_ok=True)
         taken = any(not path.name.startswith(".") for path in run_dir.iterdir())
     except OSError as error:
-        what = f"--log-dir {log_dir}: not a folder that can be written ({error.strerror})"
+        what = f"--log-dir {log_dir}: cannot create a folder in it ({error.strerror})"
         raise UserError(f"{what}; choose another") from error
     if taken:
         raise UserError(f"{run_dir}: exists already; choose another --name or --resume it")
@@ -93,8 +93,8 @@ def make_free_dir(log_dir: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, and remove the parts of files that a killed
-    process left there. UserError if another process holds the folder."""
+    """Keep other processes out of a run's folder, and remove unfinished files that a killed process
+    left there. UserError if another process has locked the folder."""
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -125,8 +125,8 @@ def write_settings(
 
 
 def read_run(run_dir: Path) -> tuple[dict, Config]:
-    """Return config.json's content, with "seeds" always there, and the `Config` in it. UserError if
-    there is no such file, or if it is not one of this project's."""
+    """Return config.json's content, with "seeds" added if it is missing, and the `Config` in it.
+    UserError if there is no such file, or if it is not one of this project's."""
     path = run_dir / "config.json"
     try:
         text = path.read_bytes()
@@ -140,33 +140,34 @@ def read_run(run_dir: Path) -> tuple[dict, Config]:
     except (ValueError, LookupError, TypeError, AttributeError):
         known = False
     if not known:
-        raise UserError(f"{path}: damaged, or of another version; train anew")
+        raise UserError(f"{path}: damaged, or written by another version; train again")
     return {"seeds": [config.seed], **settings}, config
 
 
 def seed_dirs(run_dir: Path, seeds: list) -> list:
-    """Return each seed's folder: the run's own, or one of its folders where it has several."""
+    """Return each seed's folder: the run's folder itself if there is one seed, else a subfolder."""
     if len(seeds) == 1:
         return [run_dir]
     return [run_dir / f"seed{seed}" for seed in seeds]
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Return whether a run was trained to its end and evaluated. metrics.json is its last file, and
-    names the best epoch unless it comes from `--evaluate` of a run that was not finished."""
+    """Return whether a run was trained to its end and evaluated. metrics.json is the last file that
+    a run writes. It contains the best epoch, unless `--evaluate` wrote it for a run that was not
+    finished."""
     path = run_dir / "metrics.json"
     return path.exists() and "best_epoch" in json.loads(path.read_text())
 
 
 def check_resumable(run_dir: Path) -> None:
-    """Raise a UserError where a resumed run would start again and replace results that are there.
-    A run that was stopped before its first checkpoint has none, and may start again."""
+    """Raise a UserError if a resumed run would start from the beginning and overwrite results. A
+    run that was stopped before its first checkpoint has no results, so it may start again."""
     if (run_dir / "last.pt").exists():
         return
     for name in ("best.pt", "metrics.json"):
         if (run_dir / name).exists():
-            what = f"{run_dir}: cannot be resumed without its last.pt"
-            raise UserError(f"{what}; train anew, or use --evaluate")
+            what = f"{run_dir}: cannot be resumed because last.pt is missing"
+            raise UserError(f"{what}; train again, or use --evaluate")
 
 
 def finished_dirs(run_dir: Path) -> list:
@@ -212,9 +213,9 @@ def load_checkpoint(path: Path) -> dict:
             intact = archive.testzip() is None  # torch does not compare the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except OSError as error:
-        what = f"{path}: no checkpoint that can be read ({error.strerror})"
+        what = f"{path}: cannot read this checkpoint ({error.strerror})"
         raise UserError(f"{what}; give the folder of a finished run") from error
-    except Exception as error:  # torch and pickle raise a dozen types on damaged bytes
+    except Exception as error:  # torch and pickle raise many types of error on damaged files
         if lacks_memory(error):
             raise
         checkpoint = None
@@ -222,7 +223,7 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(part), dict) for part in parts
     ):
-        raise UserError(f"{path}: damaged, or not a checkpoint of this project; train anew")
+        raise UserError(f"{path}: damaged, or not a checkpoint of this project; train again")
     return checkpoint
 
 
@@ -233,7 +234,7 @@ def load_weights(model: TissueModel, checkpoint: dict, path: Path) -> None:
     except RuntimeError as error:
         if lacks_memory(error):
             raise
-        raise UserError(f"{path}: its weights do not fit the model; train anew") from error
+        raise UserError(f"{path}: its weights do not fit the model; train again") from error
 
 
 def load_model(run_dir: Path, device: str) -> tuple[TissueModel, dict]:
@@ -243,7 +244,7 @@ def load_model(run_dir: Path, device: str) -> tuple[TissueModel, dict]:
     name = checkpoint["config"].get("model")
     size = checkpoint["identity"].get("size")
     if name not in list(MODELS) or size not in SIZES:  # a list: the name may be of any type
-        raise UserError(f"{path}: a {name!r} for {size!r} px, which is not known; train anew")
+        raise UserError(f"{path}: unknown model or size: {name!r} for {size!r} px; train again")
     model = MODELS[name]()
     load_weights(model, checkpoint, path)
     model = model.to(device).to(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
 """Training: the loop over epochs and batches, and everything that it needs.
 
-state = TrainingState(model, config, run_dir)      # goes on from last.pt, if it is there
+state = TrainingState(model, config, run_dir)      # continues from last.pt if it exists
 history = fit(state, train_loader, val_loader)
 probs, labels = predict(model, test_loader)
 """
@@ -34,14 +34,16 @@ from Runs import (
     write_history,
 )
 
-# Epochs for PathMNIST's 89,996 training images: a quarter of an hour on two cores; a GPU has time
-# for more. Fewer images get more epochs: a tenth of them four times as many, up to MAX_EPOCHS.
+# Epochs for PathMNIST's 89,996 training images. 15 take a quarter of an hour on two cores; a GPU is
+# fast enough for more. Fewer images get more epochs, up to MAX_EPOCHS: with a tenth of the images,
+# four times as many.
 EPOCHS = {"cpu": 15, "cuda": 60}
 MAX_EPOCHS = 300
-SYNTHETIC_EPOCHS = 20  # a trial of the program, in less than a minute
+SYNTHETIC_EPOCHS = 20  # to try the program in less than a minute
 
-SEED_STEP = 100_003  # more than the largest --epochs, so that no two epochs draw alike
-EVAL_BATCH = 125  # images of 28 px, see `eval_batch`; on a CPU, 500 are half as fast per image
+SEED_STEP = 100_003  # more than the largest --epochs, so that no two epochs share a random seed
+# Images of 28 px, see `eval_batch`. On a CPU, batches of 500 are half as fast per image.
+EVAL_BATCH = 125
 
 
 def fit(
@@ -49,9 +51,9 @@ def fit(
 ) -> list:
     """Train, validating after each epoch, and leave `best.pt` and `last.pt` in the run's folder.
     Continues after the state's last epoch: with the same number of threads, the result is
-    bit-identical to that of a run that was never interrupted. Returns the history, a row per epoch,
-    and leaves the best epoch's weights in the model, calibrated. UserError if the loss is no longer
-    finite."""
+    bit-identical to that of a run that was never interrupted. Returns the history, a row per epoch.
+    At the end the model has the weights of the best epoch and is calibrated. UserError if the loss
+    is no longer finite."""
     config = state.config
     done, steps = len(state.history), len(train_loader)
     print_start(state, steps)
@@ -70,7 +72,7 @@ def fit(
         for epoch in range(done, config.epochs):
             if should_stop(state.history, config.patience):
                 best = best_epoch(state.history)
-                bar.write(f"early stop: no val loss near the lowest since epoch {best}")
+                bar.write(f"early stop: val loss has not come near its lowest since epoch {best}")
                 break
             row = train_one_epoch(state, train_loader, epoch, after_step)
             probs, labels = predict(state.model, val_loader)
@@ -89,10 +91,10 @@ def fit(
 def train_one_epoch(
     state: "TrainingState", loader: DataLoader, epoch: int, after_step: Callable[[], None]
 ) -> dict:
-    """Train for one epoch; return the history's row without validation. Cross-entropy and accuracy
-    are means over the augmented images. An image with a pasted patch counts as right when the class
-    of its larger part is found. The sums stay on the device until the end, so that no step waits
-    for what a GPU has computed."""
+    """Train for one epoch; return its row of the history, without the validation metrics.
+    Cross-entropy and accuracy are means over the augmented images. An image with a CutMix patch
+    counts as correct if the model predicts the class of its larger part. The sums stay on the
+    device until the end, so that no step has to wait for the GPU."""
     start = time.perf_counter()
     config = state.config
     generator = seed_epoch(loader, config, epoch)
@@ -124,9 +126,9 @@ def train_one_epoch(
 def train_step(
     state: "TrainingState", images: Tensor, labels: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Augment one batch, pass it forwards and backwards, update the weights. Takes uint8 images (N,
-    S, S, 3) and int64 labels (N,) on the device; returns detached float32 logits and the targets
-    that they should have met, both (N, 9)."""
+    """Augment one batch, do the forward and backward pass, and update the weights. Takes uint8
+    images (N, S, S, 3) and int64 labels (N,) on the device; returns the logits, float32 and
+    detached, and the targets after CutMix, both (N, 9)."""
     config = state.config
     targets = F.one_hot(labels, len(CLASSES)).float()
     images, targets = augment(images, targets, generator, config)
@@ -146,11 +148,11 @@ def predict(
     model: nn.Module, batches: Iterable, eight_views: bool = False
 ) -> tuple[ndarray, ndarray]:
     """Return class probabilities, float32 (N, 9), and labels, int64 (N,), for batches of images,
-    uint8 (n, S, S, 3), and labels (n,), such as a loader's. Validation, test, figures and new tiles
-    all come here. With `eight_views` the probabilities are means over the flips and quarter turns
-    that training draws from. Computed in float32, whatever the training precision (a GPU's
-    convolutions in TF32, as is PyTorch's default); the model is left as it was, in train or eval
-    mode."""
+    uint8 (n, S, S, 3), and labels (n,), as a loader yields them. Validation, test and new tiles all
+    use this function. With `eight_views` the probabilities are averaged over the eight flips and
+    quarter turns that training also uses. It computes in float32 whatever the training precision;
+    on a GPU, convolutions use TF32, PyTorch's default. Afterwards the model is in train or eval
+    mode as before."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -169,15 +171,16 @@ def predict(
 
 
 def eval_batch(size: int) -> int:
-    """Return how many images of that size are evaluated at once: as many pixels at any size."""
+    """Return the batch size for evaluation, which is smaller for larger images."""
     return max(1, EVAL_BATCH * 28**2 // size**2)
 
 
 def best_epoch(history: list) -> int:
-    """Return the epoch whose weights are kept, counted from 1; 0 before the first. The latest one
-    whose val loss is within a standard error of the lowest before it (after the one-standard-error
-    rule of Breiman et al. 1984). Among losses that the val images cannot tell apart, the later
-    epoch has the lower learning rate and the more settled weights."""
+    """Return the epoch whose weights are kept, counted from 1; 0 before the first. It is the latest
+    epoch whose val loss was within one standard error of the lowest so far (after the
+    one-standard-error rule of Breiman et al. 1984). The later one is chosen because the val images
+    cannot tell such losses apart, and a later epoch has a lower learning rate and more settled
+    weights."""
     best, limit, lowest = 0, math.inf, math.inf
     for row in history:
         if row["val_loss"] <= lowest:
@@ -188,7 +191,7 @@ def best_epoch(history: list) -> int:
 
 
 def should_stop(history: list, patience: int) -> bool:
-    """Return whether the best epoch lies `patience` epochs back: early stopping."""
+    """Early stopping: return whether the best epoch is at least `patience` epochs ago."""
     return len(history) - best_epoch(history) >= patience
 
 
@@ -198,7 +201,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     needs no scheduler state."""
     progress = step / total_steps
     if progress < config.warmup:
-        return config.lr * max(progress, 1e-3) / config.warmup  # above 0: the first step counts
+        # Above 0, so that the first step has an effect.
+        return config.lr * max(progress, 1e-3) / config.warmup
     decline = (progress - config.warmup) / (1 - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * decline))
 
@@ -211,9 +215,10 @@ def set_learning_rate(optimizers: list, lr: float) -> None:
 
 
 def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> Generator:
-    """Make everything random in an epoch a function of (seed, epoch): the order of the images, the
-    augmentation (by the returned generator) and what a model draws. That is why a resumed run
-    equals, bit for bit, one that was never interrupted, if both used the same number of threads."""
+    """Make everything random in an epoch depend only on (seed, epoch): the order of the images, the
+    augmentation (which uses the returned generator) and random layers such as dropout. Therefore a
+    resumed run is bit-identical to one that was never interrupted, if both used the same number of
+    threads."""
     number = config.seed * SEED_STEP + epoch
     loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
     torch.manual_seed(number)
@@ -221,14 +226,14 @@ def seed_epoch(loader: DataLoader, config: Config, epoch: int) -> Generator:
 
 
 def check_finite(row: dict, state: "TrainingState") -> None:
-    """Raise a UserError where the loss is not a finite number: the weights are useless then."""
+    """Raise a UserError if the loss is not finite, because the weights are useless then."""
     if math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"]):
         return
     remedy = "a lower --lr"
     if state.config.precision != "fp32":
         remedy += ", or --precision fp32"
     what = f"{state.run_dir}: the loss is not finite in epoch {row['epoch']}"
-    raise UserError(f"{what}; train anew with {remedy}")
+    raise UserError(f"{what}; train again with {remedy}")
 
 
 def print_start(state: "TrainingState", batches: int) -> None:
@@ -245,7 +250,7 @@ def print_start(state: "TrainingState", batches: int) -> None:
 
 
 def print_epoch(row: dict, state: "TrainingState", bar: tqdm) -> None:
-    """Show an epoch's results beside the progress bar; about twenty of a run's also as lines."""
+    """Show the val accuracy at the progress bar; print a line for at most about 20 epochs."""
     epoch, epochs = row["epoch"], state.config.epochs
     line = (
         f"{epoch:3d}/{epochs:<3d}  {row['train_loss']:10.4f}  {row['train_accuracy']:8.4f}  "
@@ -260,7 +265,7 @@ def print_epoch(row: dict, state: "TrainingState", bar: tqdm) -> None:
 
 def calibrate(state: "TrainingState", val_loader: DataLoader) -> None:
     """Load the best epoch's weights, fit their temperature on val, and write both to `best.pt`
-    together with a note on the training. That note says that the run is finished."""
+    together with the entry "training", which also marks the training as finished."""
     path = state.run_dir / "best.pt"
     best = load_checkpoint(path)
     load_weights(state.model, best, path)
@@ -285,9 +290,9 @@ def how_trained(history: list) -> dict:
 
 
 class TrainingState:
-    """All that changes during training, and its files: `best.pt`, `history.csv`, `last.pt`. Goes on
-    from `run_dir/last.pt` when there is one (`resumed`). `identity` are plain values that both
-    checkpoints carry: md5, size and kind of the data."""
+    """Everything that changes during training, and its files: `best.pt`, `history.csv`, `last.pt`.
+    If `run_dir/last.pt` exists, training continues from it and `resumed` is true. `identity` has
+    the md5, size and kind of the data, which both checkpoints store."""
 
     def __init__(
         self,
@@ -324,7 +329,7 @@ class TrainingState:
         save_checkpoint(self.run_dir / "last.pt", checkpoint)
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote to `last.pt`; UserError if that is another run's."""
+        """Restore what `save` wrote to `last.pt`; UserError if it does not belong to this run."""
         last = load_checkpoint(path)
         load_weights(self.model, last, path)
         try:
@@ -336,13 +341,13 @@ class TrainingState:
         except (KeyError, ValueError, TypeError, AttributeError):
             fits = False
         if not fits:
-            raise UserError(f"{path}: not a checkpoint to resume this run from; train anew")
+            raise UserError(f"{path}: this run cannot be resumed from this checkpoint; train again")
         self.history = last["history"]
 
 
 def resolve(config: Config, n_train: int, kind: str = "") -> Config:
-    """Fill in what was left to the program: epochs, patience, device and precision. `n_train` are
-    the training images, `kind` is that of the data (see `PathData`)."""
+    """Choose the epochs, patience, device and precision that the user did not set. `n_train` is the
+    number of training images, `kind` the kind of the data (see `PathData`)."""
     device = Processor.choose_device(config.device)
     epochs = config.epochs
     if epochs == 0 and kind == "synthetic":
@@ -352,7 +357,7 @@ def resolve(config: Config, n_train: int, kind: str = "") -> Config:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if Processor.has_fast_bf16(device) else "fp32"
-    # The schedule needs its whole length to anneal, so by default only a run whose validation loss
-    # has not come near its lowest (see `best_epoch`) for a third of its epochs is cut short.
+    # The default patience is long, a third of the epochs, because the learning rate is low, and the
+    # results best, only at the end of the schedule.
     patience = config.patience or max(5, math.ceil(epochs / 3))
     return replace(config, epochs=epochs, patience=patience, device=device, precision=precision)

@@ -5,14 +5,15 @@ python analyze_data.py --data pathmnist.npz   # a file, or its folder
 python analyze_data.py --data ~/data --out figures
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
 import contextlib
 import hashlib
-import os
 import sys
 import textwrap
 import warnings
@@ -34,6 +35,7 @@ from Common import (
     Parser,
     UserError,
     as_path,
+    make_folder,
     run_script,
 )
 
@@ -64,11 +66,7 @@ def main(argv: list | None = None) -> None:
     args = parser.parse_args(argv)
     data = load_data(find_data(args.data))
     print(report(data))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"--out {args.out}: not a folder that can be made ({error.strerror})"
-        raise UserError(f"{what}; choose another") from error
+    make_folder(args.out, "--out")
     figures = {
         "samples": Figures.sample_grid(data.images["train"], data.labels["train"], data.kind),
         "class_distribution": Figures.class_distribution(data.labels, data.kind),
@@ -83,7 +81,8 @@ def main(argv: list | None = None) -> None:
 @dataclass(frozen=True)
 class PathData:
     """A checked PathMNIST file: for each split, images uint8 (N, S, S, 3) and labels int64 (N,).
-    `kind` is "official" (the md5 is MedMNIST's), "synthetic" (drawn, not tissue) or "subset"."""
+    `kind` is "official" (the md5 is MedMNIST's), "synthetic" (not real tissue) or "subset" (any
+    other file)."""
 
     path: Path
     kind: str
@@ -93,7 +92,7 @@ class PathData:
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """Width and height of the images in pixels."""
         return self.images["train"].shape[1]
 
     @property
@@ -103,13 +102,13 @@ class PathData:
 
     @property
     def identity(self) -> dict:
-        """What checkpoints say about the data they were trained on."""
+        """What checkpoints store about the training data."""
         return {"kind": self.kind, "md5": self.md5, "size": self.size}
 
     @property
     def card(self) -> dict:
-        """What results say about the data they come from. The path is relative to this project
-        where the file lies in it, so that a run can be resumed from any working folder."""
+        """What result files store about the data. If the file is inside this project, the path is
+        relative to the project, so that a run still finds it after the project was moved."""
         path = self.path.resolve()
         if path.is_relative_to(ROOT):
             path = path.relative_to(ROOT)
@@ -117,9 +116,9 @@ class PathData:
 
 
 def find_data(data: str | None) -> Path:
-    """Return the npz file that `--data` names, itself or by its folder; UserError if there is none.
-    With None, the first of: `data/pathmnist.npz`, `~/.medmnist/pathmnist.npz`, the course server's
-    file, a download, the synthetic sample (said on stderr)."""
+    """Return the npz file for `--data PATH`, a file or its folder; UserError if there is none. With
+    None, return the first that exists of: `data/pathmnist.npz`, `~/.medmnist/pathmnist.npz`, the
+    course server's file, a download, the synthetic sample (with a warning on stderr)."""
     if data is not None:
         return named_file(data)
     for path in (DATA_DIR / FILE_NAME, as_path("~/.medmnist") / FILE_NAME, COURSE_FILE):
@@ -130,42 +129,49 @@ def find_data(data: str | None) -> Path:
         return download(DATA_DIR if can_write else as_path("~/.medmnist"))
     except UserError as error:
         reason = str(error)
-    for path in DATA_DIR.glob("pathmnist*npz*"):  # what wget and browsers leave
-        reason += f". Is it {path}? Then rename that to {FILE_NAME}"
+    for path in DATA_DIR.glob("pathmnist*npz*"):  # names that wget and browsers give it
+        reason += f". If {path} is that file, rename it to {FILE_NAME}"
     fallback = DATA_DIR / "synthetic.npz"
     if not os.path.isfile(fallback):
-        raise UserError(f"{fallback}: not there; run data/make_synthetic.py. Also: {reason}")
+        what = f"no PathMNIST file: {reason}"
+        raise UserError(f"{what}. To use synthetic data, run data/make_synthetic.py")
     print(synthetic_banner(reason), file=sys.stderr)
     return fallback
 
 
 def named_file(data: str) -> Path:
-    """Return the file that `--data` names, itself or by its folder; UserError if there is none."""
+    """Return the file for `--data PATH`, a file or its folder; UserError if there is none."""
     path = as_path(data)
     if os.path.isdir(path):
         path = path / FILE_NAME
         if not os.path.exists(path):
-            raise UserError(f"--data {data}: the folder holds no {FILE_NAME}; name the file")
+            what = f"--data {data}: there is no {FILE_NAME} in this folder"
+            raise UserError(f"{what}; give the path of the file")
     if not os.path.exists(path):
         raise UserError(f"--data {data}: no such file, or no access; check the path")
     return path
 
 
 def synthetic_banner(reason: str) -> str:
-    """Return a banner that says, impossible to miss, that the data is not real, and why."""
+    """Return an eye-catching banner that says that the data is not real, and why."""
     text = (
-        "No PathMNIST file was found, so this run uses drawn images. They are for trying the "
-        f"program; the results say nothing about tissue. Why: {reason}"
+        "No PathMNIST file was found, so synthetic images are used instead. They are only for "
+        f"trying the program; the results say nothing about tissue. Reason: {reason}"
     )
     lines = textwrap.wrap(text, 76, break_on_hyphens=False, break_long_words=False)
     return "\n".join(["!" * 80, *(f"!! {line}" for line in [SYNTHETIC, *lines]), "!" * 80])
 
 
 def download(folder: Path, url: str = URL, md5: str = OFFICIAL_MD5[28]) -> Path:
-    """Download the npz file into a folder; it gets its name once its md5 is right. UserError if
-    three tries fail; the message says why, and what to do by hand."""
+    """Download the npz file into a folder, under its final name only if its md5 is correct.
+    UserError if three tries fail; the message says why, and how to download it by hand."""
     import pooch  # here, with requests, because only a download needs them
-    from requests import ConnectionError, RequestException, Timeout
+    from requests.exceptions import (
+        ChunkedEncodingError,
+        ConnectionError,
+        RequestException,
+        Timeout,
+    )
 
     pooch.get_logger().setLevel("WARNING")
     registry = {FILE_NAME: f"md5:{md5}"}
@@ -174,12 +180,14 @@ def download(folder: Path, url: str = URL, md5: str = OFFICIAL_MD5[28]) -> Path:
     try:
         path = Path(server.fetch(FILE_NAME, downloader=downloader))
     except (RequestException, ValueError, OSError) as error:
-        reason = str(error)
+        reason, host = str(error), url.split("/")[2]
         if isinstance(error, (ConnectionError, Timeout)):
-            reason = f"{url.split('/')[2]} cannot be reached"
+            reason = f"{host} cannot be reached"
+        elif isinstance(error, ChunkedEncodingError):
+            reason = f"the connection to {host} broke off"
         where = f"get {url}{FILE_NAME} by hand (md5 {md5}) and put it into {folder}"
         raise UserError(f"download failed: {reason}; {where}") from error
-    with contextlib.suppress(OSError):  # a courtesy to all who share the folder
+    with contextlib.suppress(OSError):  # so that others who share the folder can read it
         path.chmod(0o644)
     return path
 
@@ -189,14 +197,14 @@ def load_data(path: str | Path) -> PathData:
     fault and remedy, if it cannot be read or is not PathMNIST. A class that is absent from train is
     accepted, with a warning on stderr."""
     path = Path(path)
-    if path.exists() and not path.is_file():  # opening a pipe would wait forever
+    if os.path.exists(path) and not path.is_file():  # opening a pipe would wait forever
         raise UserError(f"{path}: not a regular file; give the npz file itself")
     try:
         with open(path, "rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             arrays = read_arrays(file, path)
     except PermissionError as error:
-        raise UserError(f"{path}: no permission to read it; change its mode") from error
+        raise UserError(f"{path}: no permission to read it; change its permissions") from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory; use the 28 px file") from error
     images, labels = {}, {}
@@ -212,12 +220,12 @@ def load_data(path: str | Path) -> PathData:
 
 
 def read_arrays(file: BinaryIO, path: Path) -> dict:
-    """Return the arrays of an npz file by name; UserError if it is damaged or no npz file."""
+    """Return the arrays of an npz file by name; UserError if it is damaged or not an npz file."""
     wanted = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
     arrays = {}
     try:
         file.seek(0)
-        with zipfile.ZipFile(file):  # numpy would advise to load another file unsafely
+        with zipfile.ZipFile(file):  # for other files, numpy's error advises unsafe loading
             file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's remarks on headers that Python 2 wrote
@@ -229,16 +237,16 @@ def read_arrays(file: BinaryIO, path: Path) -> dict:
                     arrays[name] = np.array(True)
     except MemoryError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen types on damaged bytes
+    except Exception as error:  # zipfile, zlib and numpy raise many types of error on damaged files
         detail = (str(error) or type(error).__name__).splitlines()[0][:120]
         what = f"{path}: cannot be read as npz ({detail})"
-        raise UserError(f"{what}; it is damaged or no npz file, download it again") from error
+        raise UserError(f"{what}; it is damaged or not an npz file; download it again") from error
     return arrays
 
 
 def check_split(split: str, arrays: dict, path: Path) -> tuple[ndarray, ndarray]:
     """Return a split's images, uint8 (N, S, S, 3), and labels, int64 (N,); UserError if they are
-    not there or are not as PathMNIST's."""
+    missing or differ from PathMNIST's format."""
     for name in (f"{split}_images", f"{split}_labels"):
         if name not in arrays:
             raise UserError(f"{path}: holds no array {name}; give a PathMNIST npz file")
@@ -250,7 +258,7 @@ def check_split(split: str, arrays: dict, path: Path) -> tuple[ndarray, ndarray]
 
 
 def check_whole(images: dict, labels: dict, path: Path) -> None:
-    """Check what concerns all splits together: one size, nine classes."""
+    """Check all splits together: every class has images, and all images have one size."""
     for label, name in enumerate(CLASS_NAMES):
         if not any(label in array for array in labels.values()):
             what = f"{path}: has no image of class {name}: not PathMNIST"
@@ -265,18 +273,18 @@ def check_whole(images: dict, labels: dict, path: Path) -> None:
 def what_is_wrong(split: str, images: ndarray, labels: ndarray) -> str:
     """Return how a split's arrays differ from PathMNIST's, and the remedy; "" if they do not."""
     if not (isinstance(images, ndarray) and isinstance(labels, ndarray)):
-        return f"{split} holds something else than arrays; download it again"
+        return f"{split} contains something other than arrays; download it again"
     shape = images.shape
     if images.dtype != np.uint8:
         return f"{split}_images is {images.dtype!s:.60}, not uint8; save the pixels as 0..255"
     if len(shape) != 4 or shape[1:] not in {(size, size, 3) for size in SIZES}:
         what = f"{split}_images has shape {shape!s:.60}, not (N, S, S, 3) with S one of {SIZES}"
-        return f"{what}: not PathMNIST; give pathmnist.npz or one of its sizes"
+        return f"{what}: not PathMNIST; give pathmnist.npz, or PathMNIST in another of these sizes"
     if labels.dtype.kind not in "iu":
         return f"{split}_labels is {labels.dtype!s:.60}, not integer; save class numbers 0..8"
     if labels.shape not in ((shape[0],), (shape[0], 1)):
         what = f"{split} has images {shape} but labels {labels.shape!s:.60}"
-        return f"{what}; save one class number an image, as (N,) or (N, 1)"
+        return f"{what}; save one class number per image, as (N,) or (N, 1)"
     if shape[0] < 1:
         return f"{split} is empty; put at least one image into every split"
     if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
@@ -286,9 +294,8 @@ def what_is_wrong(split: str, images: ndarray, labels: ndarray) -> str:
 
 
 def channel_stats(images: ndarray) -> tuple[ndarray, ndarray]:
-    """Return mean and standard deviation of each colour channel, exact, without a float copy.
-    Images are uint8 (N, S, S, 3); both results are float64 (3,), in units of full scale (0 to 1).
-    """
+    """Return the exact mean and standard deviation of each colour channel, without a float copy.
+    Images are uint8 (N, S, S, 3); both results are float64 (3,), on the scale 0 to 1."""
     histogram = np.zeros((3, 256), dtype=np.int64)
     for chunk in np.array_split(images, 1 + images.nbytes // 2**22):
         for channel in range(3):
@@ -302,7 +309,7 @@ def channel_stats(images: ndarray) -> tuple[ndarray, ndarray]:
 def count_duplicates(images: dict) -> dict[str, int]:
     """Count images with identical pixels; `images` are contiguous arrays by split. "within train":
     images of train that repeat an earlier one of train. "in both train and val": distinct images
-    that are in both splits. So for every split and every pair."""
+    that are in both splits. The same for every other split and pair of splits."""
     hashes, counts = {}, {}
     for split, array in images.items():
         hashes[split] = {hashlib.blake2b(image, digest_size=16).digest() for image in array}
@@ -337,7 +344,7 @@ def report(data: PathData) -> str:
 
 
 def class_lines(data: PathData) -> list:
-    """Return a table of the images of each class in each split, and their share of the split."""
+    """Return a table: the number of images of each class in each split, and their share of it."""
     lines = [f"{'class':<41}" + "".join(f"{split:>13}" for split in SPLITS)]
     for label in CLASSES:
         line = f"{SHORT_NAMES[label]:<5}{CLASS_NAMES[label]:<36}"
