@@ -72,9 +72,9 @@ BAD_ARRAYS = {  # what is said -> what is changed
     },
 }
 BAD_FILES = {  # what is said -> what makes the file
-    "no npz file": lambda path: path.write_text("hello\n"),
+    "not an npz file": lambda path: path.write_text("hello\n"),
     "damaged": lambda path: path.write_bytes(save(path).read_bytes()[:-300]),
-    "holds no pathmnist.npz": lambda path: path.mkdir(),
+    "no pathmnist.npz in this folder": lambda path: path.mkdir(),
     "no such file": lambda path: None,
     "not a regular file": os.mkfifo,
 }
@@ -131,7 +131,7 @@ def test_where_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(analyze_data, "DATA_DIR", project.parent)
     monkeypatch.setattr(analyze_data, "COURSE_FILE", course)
     monkeypatch.setattr(analyze_data, "download", Mock(side_effect=UserError("no network")))
-    with pytest.raises(UserError, match=r"make_synthetic\.py.*no network"):
+    with pytest.raises(UserError, match=r"no network.*make_synthetic\.py"):
         find_data(None)
     for path in (course, cache, project):  # in this order, each before the ones so far
         path.parent.mkdir()
