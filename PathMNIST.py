@@ -185,10 +185,10 @@ def finish(results: dict, out_dir: Path) -> None:
     kind = SYNTHETIC if data["kind"] == "synthetic" else f"the {data['kind']} data"
     table = Evaluation.result_texts({key: results[key] for key in Evaluation.RESULTS})
     print(f"\nResults on {kind} in {data['path']}:\n{plain_table(table)}")
-    print("(_tta: probabilities averaged over the eight flips and quarter turns of each image)")
+    print("(_tta: mean over the eight flips and quarter turns of each image)")
     one, eight = results["test"]["accuracy"], results["test_tta"]["accuracy"]
     print(f"\nTest accuracy {one:.4f} from one view, {eight:.4f} from eight")
-    print(f"All files are in {out_dir}. To see the run in TensorBoard:")
+    print(f"All files are in {out_dir}. TensorBoard shows the run:")
     print(f"tensorboard --logdir {shlex.quote(str(out_dir.parent))}")
 
 
