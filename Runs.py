@@ -67,12 +67,16 @@ def make_run_dir(log_dir: Path, name: str | None, default: str) -> Path:
     hidden files. If `name` is None, the default name is used, with a number added if it is taken.
     UserError if the folder is not empty or cannot be created."""
     try:
+        str(log_dir.resolve()).encode()
         log_dir.mkdir(parents=True, exist_ok=True)
         if name is None:
             return make_free_dir(log_dir, default)
         run_dir = log_dir / name
         run_dir.mkdir(exist_ok=True)
         taken = any(not path.name.startswith(".") for path in run_dir.iterdir())
+    except UnicodeEncodeError as error:
+        what = f"--log-dir {log_dir}: TensorBoard needs a name in UTF-8"
+        raise UserError(f"{what}; choose another") from error
     except OSError as error:
         what = f"--log-dir {log_dir}: cannot create a folder in it ({error.strerror})"
         raise UserError(f"{what}; choose another") from error

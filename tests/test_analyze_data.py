@@ -14,7 +14,7 @@ from PIL import Image
 
 import analyze_data
 import Figures
-from analyze_data import SPLITS, PathData, find_data, load_data, main
+from analyze_data import SPLITS, find_data, load_data, main
 from Common import SHORT_NAMES, UserError
 
 COUNTS = {"train": 2, "val": 1, "test": 2}  # images per class
@@ -22,7 +22,7 @@ ARRAYS = make_arrays(COUNTS)
 IMAGES, LABELS = ARRAYS["train_images"], ARRAYS["train_labels"]
 
 
-def save(path: Path, **changes: np.ndarray | None) -> Path:
+def save(path, **changes):
     """Save valid arrays with some of them changed, or left out (None)."""
     arrays = ARRAYS | changes
     np.savez_compressed(path, **{key: a for key, a in arrays.items() if a is not None})
@@ -38,9 +38,7 @@ ODD = {  # other spellings of the same arrays
 
 
 @pytest.mark.parametrize("changes", [{}, ODD, make_arrays(COUNTS, size=64)])
-def test_a_good_file_is_read_as_it_is(
-    changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_good_file_is_read_as_it_is(changes, tmp_path, monkeypatch):
     path = save(tmp_path / "good.npz", **changes)
     data = load_data(path)
     arrays = ARRAYS | changes
@@ -81,9 +79,7 @@ BAD_FILES = {  # what is said -> what makes the file
 
 
 @pytest.mark.parametrize("words", [*BAD_ARRAYS, *BAD_FILES])
-def test_bad_files_are_refused_in_one_line(
-    words: str, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_files_are_refused_in_one_line(words, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("bad.npz")
     if words in BAD_FILES:
@@ -98,7 +94,7 @@ def test_bad_files_are_refused_in_one_line(
     assert os.listdir() == before
 
 
-def test_errors_that_are_not_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_are_not_the_files(tmp_path, monkeypatch):
     path = save(tmp_path / "good.npz")
     monkeypatch.setattr(analyze_data, "check_split", Mock(side_effect=NameError))
     with pytest.raises(NameError):  # a fault of our own code shows its traceback
@@ -112,18 +108,18 @@ def test_errors_that_are_not_the_files(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"needs {SHARED}")
-def test_another_data_set_is_refused() -> None:
+def test_another_data_set_is_refused():
     with pytest.raises(UserError, match="breastmnist.*not PathMNIST"):
         load_data(SHARED / "breastmnist.npz")
 
 
-def test_damaged_files_are_refused_or_read_right() -> None:
+def test_damaged_files_are_refused_or_read_right():
     outcomes = fuzz(cases=100, seed=1)
     assert outcomes["wrong"] == 0
     assert min(outcomes["refused"], outcomes["accepted"]) > 5
 
 
-def test_where_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_data_is_found(tmp_path, monkeypatch):
     course = tmp_path / "course" / "p.npz"
     cache = tmp_path / ".medmnist" / "pathmnist.npz"
     project = tmp_path / "data" / "pathmnist.npz"
@@ -141,7 +137,7 @@ def test_where_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert find_data(text) == cache
 
 
-def test_channel_stats_equal_numpy() -> None:
+def test_channel_stats_equal_numpy():
     rng = np.random.default_rng(1)
     images = rng.integers((0, 50, 200), (256, 60, 210), (30, 224, 224, 3)).astype(np.uint8)
     mean, std = analyze_data.channel_stats(images)
@@ -150,7 +146,7 @@ def test_channel_stats_equal_numpy() -> None:
     np.testing.assert_allclose(std, scaled.std(axis=(0, 1, 2)), rtol=1e-10)
 
 
-def test_duplicates_by_hand() -> None:
+def test_duplicates_by_hand():
     a, b, c, d = np.random.default_rng(2).integers(0, 256, (4, 28, 28, 3), dtype=np.uint8)
     images = {"train": np.stack([a, a, a, b, c]), "val": np.stack([c, d, d]), "test": a[None]}
     assert analyze_data.count_duplicates(images) == {
@@ -164,13 +160,13 @@ def test_duplicates_by_hand() -> None:
 
 
 @pytest.fixture
-def drawn(tmp_path: Path) -> PathData:
+def drawn(tmp_path):
     """Synthetic data whose test split has three images of the first class, one of the second."""
     labels = np.repeat(np.arange(9), (3, 1, 2, 2, 2, 2, 2, 2, 2))
     return load_data(save(tmp_path / "s.npz", synthetic=np.array(True), test_labels=labels))
 
 
-def test_report(drawn: PathData) -> None:
+def test_report(drawn):
     lines = analyze_data.report(drawn).splitlines()
     assert lines[0].startswith("SYNTHETIC DATA")
     rows = [" ".join(line.split()) for line in lines]
@@ -185,7 +181,7 @@ def test_report(drawn: PathData) -> None:
         assert row in rows
 
 
-def test_figures_show_the_data_and_say_what_it_is(drawn: PathData) -> None:
+def test_figures_show_the_data_and_say_what_it_is(drawn):
     images, labels = drawn.images["train"], drawn.labels["train"]
     samples = Figures.sample_grid(images, labels, "synthetic", columns=2)
     assert "SYNTHETIC" in samples.get_suptitle()
@@ -200,9 +196,7 @@ def test_figures_show_the_data_and_say_what_it_is(drawn: PathData) -> None:
     np.testing.assert_allclose(percent, np.bincount(drawn.labels["test"]) / 0.18)
 
 
-def test_the_whole_program(
-    capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_program(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     path = save(Path("absent.npz"), train_labels=np.where(LABELS == 4, 5, LABELS))
@@ -218,9 +212,7 @@ def test_the_whole_program(
     assert "--out absent.npz: " in only_line(err)
 
 
-def test_the_stored_path_is_good_in_any_folder(
-    drawn: PathData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stored_path_is_good_in_any_folder(drawn, tmp_path, monkeypatch):
     for folder, stored in ((ROOT / "data", "data/s.npz"), (tmp_path, str(drawn.path))):
         monkeypatch.chdir(folder)
         path = Path("new", "..", "s.npz")

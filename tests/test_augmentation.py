@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 import Augmentation
 from Augmentation import augment, random_view, to_float
@@ -16,17 +16,17 @@ OFF = Config(flips=False, stain=0.0, color=0.0, cutmix=0.0)
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 
 
-def seeded(seed: int) -> Generator:
+def seeded(seed):
     """Return a new generator with that seed."""
     return Generator().manual_seed(seed)
 
 
-def batch_of(n: int) -> Tensor:
+def batch_of(n):
     """Return `n` times the same image."""
     return torch.from_numpy(np.stack([IMAGE] * n))
 
 
-def test_random_view_draws_each_flip_turn_and_shift_of_each_image() -> None:
+def test_random_view_draws_each_flip_turn_and_shift_of_each_image():
     padded = np.pad(IMAGE, ((2, 2), (2, 2), (0, 0)), mode="reflect")
     allowed = []
     for row in range(5):
@@ -46,8 +46,8 @@ def test_random_view_draws_each_flip_turn_and_shift_of_each_image() -> None:
 
 
 @pytest.mark.parametrize("on", [{"flips": True}, {"stain": 0.1}, {"color": 0.1}], ids=str)
-def test_augmentation_differs_per_image_and_follows_the_generator(on: dict) -> None:
-    def views(seed: int) -> Tensor:
+def test_augmentation_differs_per_image_and_follows_the_generator(on):
+    def views(seed):
         images, targets = augment(batch_of(32), torch.eye(32), seeded(seed), replace(OFF, **on))
         assert torch.equal(targets, torch.eye(32))
         return images
@@ -57,7 +57,7 @@ def test_augmentation_differs_per_image_and_follows_the_generator(on: dict) -> N
     assert not torch.equal(views(1), views(2))
 
 
-def test_stain_jitter_scales_shifts_and_recolours_each_stain_in_optical_density() -> None:
+def test_stain_jitter_scales_shifts_and_recolours_each_stain_in_optical_density():
     images = to_float(batch_of(200).clamp(30, 220))
     jittered = Augmentation.stain_jitter(images, seeded(0), 0.2)
     hed = Augmentation.HED.double()
@@ -79,7 +79,7 @@ def test_stain_jitter_scales_shifts_and_recolours_each_stain_in_optical_density(
     assert 0.11 < torch.stack(gains).std() < 0.14
 
 
-def test_gain_and_offset_are_drawn_per_image_and_channel_on_nine_of_ten() -> None:
+def test_gain_and_offset_are_drawn_per_image_and_channel_on_nine_of_ten():
     images = torch.tensor([0.0, 1.0]).expand(1000, 3, 1, 2)
     offset, bright = Augmentation.gain_and_offset(images, seeded(0), 0.2)[:, :, 0].unbind(2)
     gain = bright - offset - 1
@@ -92,7 +92,7 @@ def test_gain_and_offset_are_drawn_per_image_and_channel_on_nine_of_ten() -> Non
         assert drawn.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15  # each by itself
 
 
-def test_cutmix_mixes_targets_by_the_area_that_was_pasted() -> None:
+def test_cutmix_mixes_targets_by_the_area_that_was_pasted():
     n, size = 6, 28
     values = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
     images = values.expand(n, size, size, 3)  # image i has the value i everywhere

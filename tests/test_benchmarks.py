@@ -4,20 +4,17 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from analyze_data import ROOT, PathData
+from analyze_data import ROOT
 from Runs import Config
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 
 
-def test_accuracy_measures_each_run_once_and_draws_it(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_measures_each_run_once_and_draws_it(tiny, tmp_path, monkeypatch):
     out, names = tmp_path / "accuracy.json", ["epochs: 1", "logistic regression on mean colour"]
     command = [sys.executable, BENCHMARKS / "accuracy.py", "--data", tiny, "--rows", *names]
     command += ["--seeds", "0", "1", "--out", out]
@@ -45,9 +42,7 @@ def test_accuracy_measures_each_run_once_and_draws_it(
     assert list(drawn) == ["accuracy_minutes", "accuracy_images"]
 
 
-def test_speed_takes_a_step_and_makes_its_table(
-    data: PathData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_speed_takes_a_step_and_makes_its_table(data, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     speed = importlib.import_module("speed")
     speed.our_step(data, speed.Training.resolve(Config(device="cpu"), 72))()

@@ -8,9 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import kill_runs
 import numpy as np
@@ -26,34 +23,33 @@ import PathMNIST
 import Predict
 import Runs
 import Training
-from analyze_data import PathData
 
 Patch = pytest.MonkeyPatch
 
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """Read metrics.json, summary.json or config.json."""
     return json.loads(path.read_text())
 
 
-def read_predictions(run_dir: Path) -> np.ndarray:
+def read_predictions(run_dir):
     """Read the probabilities (N, 9) of the CSV file in MedMNIST's format."""
     (path,) = run_dir.glob("pathmnist_test_*.csv")
     return np.loadtxt(path, delimiter=",", dtype=np.float32)[:, 1:]
 
 
-def contents(folder: Path) -> dict:
+def contents(folder):
     """Return what the files below a folder hold."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_fits_terminal(text: str, *paths: Path) -> None:
+def assert_fits_terminal(text, *paths):
     """Check that each line has at most 80 columns, or is longer because of a path."""
     for line in text.splitlines():
         assert len(line) <= 80 or any(str(path) in line for path in paths), line
 
 
-def test_a_run_leaves_everything(trained: SimpleNamespace, tiny: Path) -> None:
+def test_a_run_leaves_everything(trained, tiny):
     run_dir, out = trained.run_dir, trained.process.stdout
     assert (trained.process.returncode, trained.process.stderr) == (0, "")
     metrics, config = (read_json(run_dir / f"{name}.json") for name in ("metrics", "config"))
@@ -73,7 +69,7 @@ def test_a_run_leaves_everything(trained: SimpleNamespace, tiny: Path) -> None:
     assert "auto" not in config["config"].values()  # but what the program has chosen
 
 
-def test_metrics_json(trained: SimpleNamespace, data: PathData) -> None:
+def test_metrics_json(trained, data):
     metrics = read_json(trained.run_dir / "metrics.json")
     assert metrics["dataset"]["md5"] == data.md5
     assert metrics["dataset"]["counts"] == {split: 9 * n for split, n in COUNTS.items()}
@@ -93,9 +89,7 @@ def test_metrics_json(trained: SimpleNamespace, data: PathData) -> None:
 
 
 @pytest.mark.parametrize("mode", ["--evaluate", "--resume"])
-def test_a_finished_run_stays_the_same(
-    cli: Callable, no_figures: None, run_dir: Path, monkeypatch: Patch, mode: str
-) -> None:
+def test_a_finished_run_stays_the_same(cli, no_figures, run_dir, monkeypatch, mode):
     notes, figure = (
         run_dir / "pathmnist_test_my_notes.csv",
         run_dir / "figures" / "confusion_val.png",
@@ -112,9 +106,7 @@ def test_a_finished_run_stays_the_same(
     assert kill_runs.curves(run_dir) == curves and figure.exists()
 
 
-def test_evaluate_an_older_run_that_is_not_finished(
-    cli: Callable, no_figures: None, run_dir: Path
-) -> None:
+def test_evaluate_an_older_run_that_is_not_finished(cli, no_figures, run_dir):
     run_dir = run_dir.rename(run_dir.with_name("v1.0"))
     before = read_json(run_dir / "metrics.json")
     settings, best = read_json(run_dir / "config.json"), torch.load(run_dir / "best.pt")
@@ -133,8 +125,8 @@ def test_evaluate_an_older_run_that_is_not_finished(
 
 
 def test_several_seeds_stopped_and_resumed_and_their_ensemble(
-    cli: Callable, no_figures: None, tiny: Path, data: PathData, tmp_path: Path
-) -> None:
+    cli, no_figures, tiny, data, tmp_path
+):
     folder, argv = tmp_path / "a b" / "both", ["--data", tiny, *TRAINING, "--epochs", "2"]
     runs = [folder / "seed3", folder / "seed1"]
     steps = iter([PathMNIST.evaluate, lambda *_args: Common.stop(signal.SIGINT, None)])
@@ -166,12 +158,10 @@ def test_several_seeds_stopped_and_resumed_and_their_ensemble(
     assert "--resume it first" in only_line(cli("--evaluate", folder)[2])
 
 
-def test_synthetic_data_is_called_so_everywhere(
-    cli: Callable, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_synthetic_data_is_called_so_everywhere(cli, tmp_path, monkeypatch):
     titles, savefig = {}, Figure.savefig
 
-    def keep(figure: Figure, file: object, **options: object) -> None:
+    def keep(figure, file, **options):
         titles[str(file)] = figure.get_suptitle().replace("\n", " ")
         savefig(figure, file, **options)
 
@@ -194,7 +184,7 @@ BAD_FLAGS += ["--seed 1 --seeds 1 2", "--resume a --evaluate b", "--resume=nowhe
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS, ids=lambda flags: flags[:30])
-def test_bad_flags(cli: Callable, tmp_path: Path, monkeypatch: Patch, flags: str) -> None:
+def test_bad_flags(cli, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = cli(*flags.split(" "))
@@ -204,9 +194,7 @@ def test_bad_flags(cli: Callable, tmp_path: Path, monkeypatch: Patch, flags: str
 
 
 @pytest.mark.parametrize("script", [PathMNIST, Predict, analyze_data])
-def test_help_fits_a_terminal(
-    capfd: pytest.CaptureFixture, monkeypatch: Patch, script: object
-) -> None:
+def test_help_fits_a_terminal(capfd, monkeypatch, script):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = in_process(script.main, capfd, "--help")
     assert (status, err) == (0, "") and "--help" in out
@@ -226,9 +214,7 @@ def test_help_fits_a_terminal(
         ("--data OTHER --log-dir LATIN", "--log-dir"),
     ],
 )
-def test_what_does_not_fit_a_run(
-    cli: Callable, run_dir: Path, tmp_path: Path, flags: str, said: str
-) -> None:
+def test_what_does_not_fit_a_run(cli, run_dir, tmp_path, flags, said):
     places = {"RUN": run_dir, "RUN/best.pt": run_dir / "best.pt", "UP": tmp_path}
     places["LATIN"] = tmp_path / os.fsdecode(b"caf\xe9")  # a name that is not UTF-8
     for name, size in (("OTHER", 28), ("LARGE", 64)):
@@ -247,9 +233,7 @@ def test_what_does_not_fit_a_run(
         ("{", "[", "config.json: damaged"),
     ],
 )
-def test_a_run_goes_on_as_it_began_or_not_at_all(
-    cli: Callable, run_dir: Path, old: str, new: str, said: str
-) -> None:
+def test_a_run_goes_on_as_it_began_or_not_at_all(cli, run_dir, old, new, said):
     path = run_dir / "config.json"
     path.write_text(re.sub(old, new, path.read_text()))
     status, _, err = cli("--resume", run_dir)
@@ -257,9 +241,7 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(
 
 
 @pytest.mark.parametrize("results", ["best.pt", "metrics.json"])
-def test_resume_without_last_pt_replaces_no_results(
-    cli: Callable, run_dir: Path, results: str
-) -> None:
+def test_resume_without_last_pt_replaces_no_results(cli, run_dir, results):
     for name in {"last.pt", "best.pt", "metrics.json"} - {results}:
         (run_dir / name).unlink()
     before = contents(run_dir)
@@ -267,7 +249,7 @@ def test_resume_without_last_pt_replaces_no_results(
     assert contents(run_dir) == before
 
 
-def test_runs_that_start_in_the_same_second(tmp_path: Path) -> None:
+def test_runs_that_start_in_the_same_second(tmp_path):
     folders = [Runs.make_run_dir(tmp_path, None, "run") for _ in range(3)]
     assert [folder.name for folder in folders] == ["run", "run-2", "run-3"]
 
@@ -275,14 +257,14 @@ def test_runs_that_start_in_the_same_second(tmp_path: Path) -> None:
 # ---- signals, pipes, memory ---------------------------------------------------------------------
 
 
-def test_signals_and_a_closed_terminal(tmp_path: Path) -> None:
+def test_signals_and_a_closed_terminal(tmp_path):
     """Killed, stopped and resumed, a run ends as one that nothing interrupted, although at last its
     terminal is closed."""
     kill_runs.prepare(tmp_path)
     run_dir, log, epoch = tmp_path / "run", tmp_path / "log", 0
     process = kill_runs.start(kill_runs.new_run(tmp_path, "run"), log)
 
-    def has_gone_on() -> bool:
+    def has_gone_on():
         return kill_runs.checkpoint_epoch(run_dir) > epoch
 
     for signum, status in ((9, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -305,7 +287,7 @@ def test_signals_and_a_closed_terminal(tmp_path: Path) -> None:
     assert kill_runs.what_is_wrong(run_dir, tmp_path / "reference") == []
 
 
-def run_code(code: str, *before: str, **streams: object) -> subprocess.CompletedProcess:
+def run_code(code, *before, **streams):
     """Run a script whose `main` is `code`, in a process of its own."""
     code = f"import os, sys, Common\ndef main(): {code}\nsys.exit(Common.run_script(main))"
     command = [*before, sys.executable, "-c", code]
@@ -321,12 +303,12 @@ def run_code(code: str, *before: str, **streams: object) -> subprocess.Completed
         ("print('epoch 1') or os._exit(0)", 0, "epoch 1\n"),  # each line is shown at once
     ],
 )
-def test_how_a_script_ends(code: str, status: int, said: str) -> None:
+def test_how_a_script_ends(code, status, said):
     process = run_code(code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert (process.returncode, process.stdout.decode()) == (status, said)
 
 
-def test_ctrl_c_shows_how_to_go_on_when_it_ends_the_reader_too() -> None:
+def test_ctrl_c_shows_how_to_go_on_when_it_ends_the_reader_too():
     """As in `python PathMNIST.py 2>&1 | tee log`: then the line goes to the terminal itself."""
     terminal, end = pty.openpty()
     reader, writer = os.pipe()
@@ -337,7 +319,7 @@ def test_ctrl_c_shows_how_to_go_on_when_it_ends_the_reader_too() -> None:
     assert b"stopped by SIGINT" in os.read(terminal, 1000)
 
 
-def test_a_closed_stderr_does_no_harm(tiny: Path, tmp_path: Path) -> None:
+def test_a_closed_stderr_does_no_harm(tiny, tmp_path):
     argv = [sys.executable, "PathMNIST.py", "--data", tiny, *TRAINING, "--log-dir", tmp_path]
     command = f"{shlex.join(map(str, argv))} --epochs 1 --name run 2>&-"
     subprocess.run(command, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -345,7 +327,7 @@ def test_a_closed_stderr_does_no_harm(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["PathMNIST.py", "Predict.py", "analyze_data.py"])
-def test_ctrl_c_during_the_imports_shows_no_traceback(script: str) -> None:
+def test_ctrl_c_during_the_imports_shows_no_traceback(script):
     command = [sys.executable, "-X", "importtime", script, "--help"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while "numpy" not in process.stderr.readline():  # one of the first that take long
@@ -359,8 +341,8 @@ ERRORS = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory\nmore")]
 ERRORS += [RuntimeError("can't start new thread"), RuntimeError("can't allocate memory")]
 
 
-def test_errors_that_become_one_line(capsys: pytest.CaptureFixture) -> None:
-    def fail(error: Exception) -> None:
+def test_errors_that_become_one_line(capsys):
+    def fail(error):
         raise error
 
     for error in ERRORS:

@@ -4,9 +4,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from unittest.mock import Mock
 
 import pooch
@@ -26,7 +24,7 @@ BUSY = (503, b"try later")
 class Handler(BaseHTTPRequestHandler):
     """Gives the server's answers in turn, the last one for ever."""
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         answers = self.server.answers
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
         if self.headers["User-Agent"].startswith("python-requests"):  # Zenodo refuses those
@@ -39,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+def server(monkeypatch):
     """A server in this process; `pauses` are those that a download would have made."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.url = f"http://127.0.0.1:{server.server_port}/files/"
@@ -53,7 +51,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 
 @pytest.fixture
-def project(server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(server, tmp_path, monkeypatch):
     """A project's folder, without data, that downloads from the server; HOME lies beside it."""
     root = tmp_path / "project"
     root.mkdir()
@@ -66,7 +64,7 @@ def project(server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("before", [[], [BUSY], [CUT, BUSY]])
-def test_the_right_file(before: list, server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_the_right_file(before, server, tmp_path):
     server.answers = [*before, RIGHT]
     target = tmp_path / "new" / FILE_NAME
     assert download(target.parent, server.url, MD5) == target
@@ -80,9 +78,7 @@ def test_the_right_file(before: list, server: ThreadingHTTPServer, tmp_path: Pat
     ("answer", "reason"),
     [((200, BODY[::-1]), "hash"), (CUT, "broke"), (BUSY, "503"), (None, "cannot be reached")],
 )
-def test_three_failures_leave_nothing_and_say_why_in_plain_words(
-    answer: tuple | None, reason: str, server: ThreadingHTTPServer, tmp_path: Path
-) -> None:
+def test_three_failures_leave_nothing_and_say_why_in_plain_words(answer, reason, server, tmp_path):
     server.answers = [answer]
     url = server.url if answer else "http://127.0.0.1:1/"  # where nobody answers
     with pytest.raises(UserError, match=reason) as caught:
@@ -94,8 +90,8 @@ def test_three_failures_leave_nothing_and_say_why_in_plain_words(
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_leaves_nothing(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    def interrupt() -> None:
+def test_ctrl_c_leaves_nothing(server, tmp_path):
+    def interrupt():
         assert len(os.listdir(tmp_path)) == 1  # a part of the file
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -106,9 +102,7 @@ def test_ctrl_c_leaves_nothing(server: ThreadingHTTPServer, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("denied", ["none", "project", "project/data"])  # not to be written to
-def test_where_the_file_is_put(
-    denied: str, project: Path, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_file_is_put(denied, project, server, monkeypatch):
     if denied == "project/data":
         (project / "data").mkdir()
     monkeypatch.setattr(os, "access", lambda path, _mode: path != project.parent / denied)
@@ -121,8 +115,8 @@ def test_where_the_file_is_put(
 
 
 def test_the_synthetic_file_comes_instead_and_the_banner_names_what_is_there(
-    project: Path, server: ThreadingHTTPServer, capsys: pytest.CaptureFixture
-) -> None:
+    project, server, capsys
+):
     (project / "data").mkdir()
     synthetic = project / "data" / "synthetic.npz"
     left = project / "data" / "pathmnist.npz?download=1"  # what wget makes of Zenodo's link

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 from unittest.mock import patch
 
 import matplotlib
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.special import softmax
-from torch import Tensor, nn
+from torch import nn
 
 import Evaluation
 import Figures
@@ -27,7 +25,7 @@ REFERENCE = SHARED / "reference_predictions.npz"
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def make_probs(n: int) -> tuple[np.ndarray, np.ndarray]:
+def make_probs(n):
     """Return float32 probs (n, 9) that are often right, and labels (n,)."""
     rng = np.random.default_rng(0)
     labels = rng.integers(9, size=n)
@@ -36,14 +34,14 @@ def make_probs(n: int) -> tuple[np.ndarray, np.ndarray]:
     return softmax(logits, axis=1).astype(np.float32), labels
 
 
-def confident(guesses: list[int], confidences: list[float]) -> np.ndarray:
+def confident(guesses, confidences):
     """Return probs with the given largest entry, the rest spread evenly."""
     probs = np.repeat((1 - np.array(confidences)[:, None]) / 8, 9, axis=1)
     probs[np.arange(len(guesses)), guesses] = confidences
     return probs
 
 
-def test_published_result() -> None:
+def test_published_result():
     if not REFERENCE.exists():
         pytest.skip(f"needs {REFERENCE}")
     with np.load(REFERENCE) as file:
@@ -53,7 +51,7 @@ def test_published_result() -> None:
     assert round(result["auc"], 5) == 0.99269
 
 
-def test_worked_example() -> None:
+def test_worked_example():
     # Truth 0 0 1 1, said 0 2 1 1. Means are over the two classes that have images.
     probs, labels = confident([0, 2, 1, 1], [0.9, 0.9, 0.5, 0.5]), np.array([0, 0, 1, 1])
     result = Evaluation.compute_metrics(probs, labels)
@@ -75,7 +73,7 @@ def test_worked_example() -> None:
     assert quick["recall"] == pytest.approx([0.5, 1] + [np.nan] * 7, nan_ok=True)
 
 
-def test_probabilities_that_underflow_or_diverge() -> None:
+def test_probabilities_that_underflow_or_diverge():
     probs, labels = np.eye(9, dtype=np.float32), np.arange(9)
     loss = Evaluation.validation_metrics(probs[::-1], labels)["loss"]
     assert loss == pytest.approx(8 / 9 * -np.log(1e-37), rel=1e-6)
@@ -84,7 +82,7 @@ def test_probabilities_that_underflow_or_diverge() -> None:
 
 
 @pytest.mark.parametrize("guess, right", [(2, 1), (5, 0)])
-def test_one_image(guess: int, right: int) -> None:
+def test_one_image(guess, right):
     result = Evaluation.compute_metrics(confident([guess], [0.8]), np.array([2]))
     assert (result["accuracy"], result["auc"], result["macro_f1"]) == (right, None, right)
     assert result["ece"] == pytest.approx(abs(right - 0.8))
@@ -95,7 +93,7 @@ def test_one_image(guess: int, right: int) -> None:
 
 
 @pytest.mark.parametrize("true", [0.5, 1.8])
-def test_temperature_of_many_images_is_the_true_one(true: float) -> None:
+def test_temperature_of_many_images_is_the_true_one(true):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (20_000, 9))
     labels = (logits / true + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn as they say
@@ -105,16 +103,14 @@ def test_temperature_of_many_images_is_the_true_one(true: float) -> None:
 
 
 @pytest.mark.parametrize("n, label", [(1, 0), (1, 1), (200, 0)])
-def test_temperature_of_few_images_is_held_near_1(n: int, label: int) -> None:
+def test_temperature_of_few_images_is_held_near_1(n, label):
     fitted = Evaluation.fit_temperature(confident([0] * n, [0.9] * n), np.full(n, label))
     assert 0.5 < fitted < 1.6
     assert (fitted < 1) == (label == 0)  # who is right may be more certain
 
 
 @pytest.mark.parametrize("auc, said", [(None, "nan"), (0.98765, "0.988")])
-def test_predictions_are_written_as_medmnist_reads_them(
-    tmp_path: Path, auc: float | None, said: str
-) -> None:
+def test_predictions_are_written_as_medmnist_reads_them(tmp_path, auc, said):
     run_dir = tmp_path / "v1.0"
     run_dir.mkdir()
     notes = run_dir / "pathmnist_test_my_notes.csv"
@@ -126,7 +122,7 @@ def test_predictions_are_written_as_medmnist_reads_them(
     assert notes.read_text() == "mine"
 
 
-def check_legible(figure: Figure) -> list[str]:
+def check_legible(figure):
     """Assert that no drawn text is cut off, tiny or on another text; return the texts."""
     with patch.object(Text, "draw", autospec=True, side_effect=Text.draw) as draw:
         figure.draw_without_rendering()
@@ -144,7 +140,7 @@ def check_legible(figure: Figure) -> list[str]:
     return [said.replace("\n", " ") for said, _ in boxes]
 
 
-def curves(epochs: int, kind: str = "") -> Figure:
+def curves(epochs, kind=""):
     """Return learning curves that are told apart by their values."""
     keys = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")
     history = []
@@ -154,13 +150,13 @@ def curves(epochs: int, kind: str = "") -> Figure:
     return Figures.learning_curves(history, epochs, kind)
 
 
-def reliability(probs: np.ndarray, labels: np.ndarray, note: str = "") -> Figure:
+def reliability(probs, labels, note=""):
     """Return the reliability diagram of these probabilities."""
     ece = Evaluation.expected_calibration_error(probs, labels)
     return Figures.reliability_figure(*Evaluation.reliability_bins(probs, labels), ece, note)
 
 
-def titles(figure: Figure) -> list[str]:
+def titles(figure):
     """Return the titles of a figure's tiles, each on one line."""
     shown = [axes for axes in figure.axes if axes.get_visible()]
     return [axes.get_title(loc="left").replace("\n", " ") for axes in shown]
@@ -193,7 +189,7 @@ DARK |= {"savefig.dpi": 70, "savefig.bbox": "tight"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figure_is_legible_whatever_the_users_settings(name: str, tmp_path: Path) -> None:
+def test_figure_is_legible_whatever_the_users_settings(name, tmp_path):
     note = Figures.data_note("synthetic")
     for kind, settings in (("plain", {}), ("theirs", DARK)):
         with matplotlib.rc_context(settings):
@@ -206,13 +202,13 @@ def test_figure_is_legible_whatever_the_users_settings(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("script", ["PathMNIST.py", "Predict.py", "analyze_data.py"])
-def test_a_script_starts_in_a_notebook_of_another_environment(script: str) -> None:
+def test_a_script_starts_in_a_notebook_of_another_environment(script):
     backend = "module://matplotlib_inline.backend_inline"  # every notebook's; not installed here
     env = {**os.environ, "MPLBACKEND": backend}
     subprocess.run([sys.executable, script, "--help"], check=True, cwd=ROOT, env=env)
 
 
-def test_learning_curves_show_the_history() -> None:
+def test_learning_curves_show_the_history():
     loss, accuracy, rate = curves(2).axes
     drawn = [line.get_ydata() for axes in (loss, accuracy) for line in axes.lines[:2]]
     assert np.array_equal(drawn, [[1, 0.5], [2, 1], [3, 1.5], [4, 2]])
@@ -221,14 +217,14 @@ def test_learning_curves_show_the_history() -> None:
     assert rate.lines[0].get_ydata().tolist() == [5, 2.5]
 
 
-def test_confusion_figure_shows_counts_and_percentages_of_the_true_class() -> None:
+def test_confusion_figure_shows_counts_and_percentages_of_the_true_class():
     few = np.diag([990] * 9)
     few[0, 1:3] = 4, 6  # of 1,000: a percentage that rounds to 0 is left out
     (axes,) = Figures.confusion_figure(few).axes
     assert [text.get_text() for text in axes.texts[:4]] == ["990\n99%", "4", "6\n1%", "0"]
 
 
-def test_reliability_figure_shows_accuracy_and_images_of_each_bin() -> None:
+def test_reliability_figure_shows_accuracy_and_images_of_each_bin():
     figure = reliability(confident([0, 0, 0], [0.9, 0.9, 0.5]), np.array([0, 1, 0]))
     accuracy, images = ([bar.get_height() for bar in axes.patches] for axes in figure.axes)
     assert accuracy == [0] * 7 + [1] + [0] * 5 + [0.5, 0]
@@ -236,7 +232,7 @@ def test_reliability_figure_shows_accuracy_and_images_of_each_bin() -> None:
     assert figure.get_suptitle().endswith("ECE 0.433")  # (2 * 0.4 + 1 * 0.5) / 3
 
 
-def test_gradcam_figure_lays_the_heatmap_over_the_grey_tile() -> None:
+def test_gradcam_figure_lays_the_heatmap_over_the_grey_tile():
     figure = gradcam(TILES[:2], HEAT[:2], [0, 0], np.eye(9)[[0, 7]])
     assert titles(figure) == ["true ADI pred. ADI 100%", "true ADI pred. STR 100%"]
     assert titles(FIGURES["one Grad-CAM"]("")) == ["pred. NORM 100%"]
@@ -247,7 +243,7 @@ def test_gradcam_figure_lays_the_heatmap_over_the_grey_tile() -> None:
     assert shown[:, 29:] == pytest.approx((grey + yellow) / 2, abs=1e-3)
 
 
-def test_predictions_figure_shows_the_least_certain_first() -> None:
+def test_predictions_figure_shows_the_least_certain_first():
     figure = predictions(TILES[:60], PROBS, None)
     order = np.argsort(PROBS.max(axis=1))[:50]
     for title, axes, index in zip(titles(figure), figure.axes[:50], order, strict=True):
@@ -256,7 +252,7 @@ def test_predictions_figure_shows_the_least_certain_first() -> None:
 
 
 @pytest.mark.parametrize("correct", [True, False])
-def test_examples_are_what_their_titles_say(correct: bool) -> None:
+def test_examples_are_what_their_titles_say(correct):
     figure = examples(TILES[:60], LABELS, PROBS, correct)
     candidates = np.flatnonzero((PROBS.argmax(axis=1) == LABELS) == correct)
     assert f"{len(candidates)} of 60 images" in figure.get_supxlabel()
@@ -268,7 +264,7 @@ def test_examples_are_what_their_titles_say(correct: bool) -> None:
         assert title == f"true {true} pred. {guess} {PROBS[index].max():.0%}"
 
 
-def test_examples_are_of_every_class_and_of_the_commonest_confusions() -> None:
+def test_examples_are_of_every_class_and_of_the_commonest_confusions():
     labels = np.repeat(np.arange(9), [300, *[1] * 8])
     figure = examples(TILES, labels, np.eye(9)[labels], True)
     assert [title.split()[1] for title in titles(figure)] == ["ADI"] * 4 + list(SHORT_NAMES[1:])
@@ -280,7 +276,7 @@ def test_examples_are_of_every_class_and_of_the_commonest_confusions() -> None:
     assert "No image was incorrectly classified." in check_legible(FIGURES["none"](""))
 
 
-def test_architecture_shows_the_skip_connections() -> None:
+def test_architecture_shows_the_skip_connections():
     figure = Figures.architecture_figure(layer_table(SkipCNN(), 224), "SkipCNN")
     texts = check_legible(figure)
     assert texts.count("Conv 1x1") == 3
@@ -291,7 +287,7 @@ def test_architecture_shows_the_skip_connections() -> None:
 class ColourNet(TissueModel):
     """Says 0, 1 or 2 for red, green or blue patches wherever they are, by hand-set weights."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__((0, 0, 0), (1, 1, 1))
         self.features = nn.Conv2d(3, 3, 4, stride=4, bias=False)
         self.head = nn.Linear(3, 9, bias=False)
@@ -299,14 +295,14 @@ class ColourNet(TissueModel):
         self.features.weight.data[:] = mix[:, :, None, None] / 16
         self.head.weight.data[:] = torch.cat([mix, torch.zeros(6, 3)])
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x):
         return self.head(self.features(x).relu().mean(dim=(2, 3)))
 
-    def gradcam_layer(self, _size: int) -> nn.Module:
+    def gradcam_layer(self, _size):
         return self.features
 
 
-def test_grad_cam_finds_planted_evidence() -> None:
+def test_grad_cam_finds_planted_evidence():
     image = np.zeros((28, 28, 3), dtype=np.uint8)
     image[20:, :8, 0] = 255  # red, bottom left: the evidence for class 0, and against 1
     image[:4, 16:, 1] = 255  # green, top right: the evidence for class 1, and against 0

@@ -8,9 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import kill_runs
@@ -28,23 +25,23 @@ Patch = pytest.MonkeyPatch
 class Evil(str):
     """Makes a folder of this name when it is unpickled."""
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self):
         return os.mkdir, (str(self),)
 
 
-def saved(value: object) -> bytes:
+def saved(value):
     """Return what torch.save makes of a value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def changed(real: bytes, **parts: object) -> bytes:
+def changed(real, **parts):
     """Return a checkpoint's bytes with other parts."""
     return saved(torch.load(io.BytesIO(real)) | parts)
 
 
-def with_wrong_byte(real: bytes) -> bytes:
+def with_wrong_byte(real):
     """Return a checkpoint with a fault that only its checksums show."""
     middle = len(real) // 2
     return real[:middle] + bytes([real[middle] ^ 1]) + real[middle + 1 :]
@@ -65,9 +62,7 @@ HOSTILE = {  # name: mode, and content from the real file's content and the mark
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_checkpoints(
-    cli: Callable, predict_cli: Callable, run_dir: Path, tmp_path: Path, kind: str
-) -> None:
+def test_hostile_checkpoints(cli, predict_cli, run_dir, tmp_path, kind):
     mode, make = HOSTILE[kind]
     path = run_dir / ("last.pt" if mode == "resume" else "best.pt")
     path.write_bytes(make(path.read_bytes(), tmp_path / "marker"))
@@ -81,13 +76,13 @@ def test_hostile_checkpoints(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_too_little_memory_is_not_called_a_damaged_file(run_dir: Path, monkeypatch: Patch) -> None:
+def test_too_little_memory_is_not_called_a_damaged_file(run_dir, monkeypatch):
     monkeypatch.setattr(torch, "load", Mock(side_effect=RuntimeError("can't allocate memory")))
     with pytest.raises(RuntimeError, match="allocate memory"):
         Runs.load_checkpoint(run_dir / "best.pt")
 
 
-def test_a_second_process_may_not_resume_the_same_run(cli: Callable, run_dir: Path) -> None:
+def test_a_second_process_may_not_resume_the_same_run(cli, run_dir):
     unfinished = run_dir / ".last.pt.8.unfinished"
     with Runs.locked(run_dir):  # as the first process holds it
         unfinished.touch()  # which it is about to write
@@ -100,13 +95,13 @@ KILLS = [(Runs, "locked", 0), (Runs, "write_json", 0), (Training, "write_history
 
 @pytest.mark.parametrize("step", KILLS, ids=str)  # the last: TensorBoard is ahead by an epoch
 def test_a_killed_run_can_be_begun_again_or_resumed(
-    cli: Callable, no_figures: None, tiny: Path, run_dir: Path, monkeypatch: Patch, step: tuple
-) -> None:
+    cli, no_figures, tiny, run_dir, monkeypatch, step
+):
     """Also on a file system without locks, and when the clock was set back in between."""
     module, name, calls = step
     new, argv = run_dir.with_name("new"), ["--data", tiny, *TRAINING, "--log-dir", run_dir.parent]
 
-    def stop(*_args: object) -> None:
+    def stop(*_args):
         (new / ".config.json.7.unfinished").touch()  # as SIGKILL leaves it
         raise Stopped(signal.SIGTERM)
 
@@ -125,7 +120,7 @@ def test_a_killed_run_can_be_begun_again_or_resumed(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """The folder of a file system of 64 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -136,9 +131,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_checkpoint_that_does_not_fit(
-    trained: SimpleNamespace, tiny: Path, tmp_path: Path, small_disk: Path
-) -> None:
+def test_a_checkpoint_that_does_not_fit(trained, tiny, tmp_path, small_disk):
     weights = (trained.run_dir / "best.pt").stat().st_size
     # The first last.pt and best.pt take one of these each, and the next last.pt two or three.
     filler = small_disk / "filler"

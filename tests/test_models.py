@@ -9,7 +9,7 @@ from MyModels import MODELS, Normalize, SkipCNN, count_parameters, layer_table, 
 
 @pytest.mark.parametrize("size", [28, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_shapes_gradients_and_the_layer_for_gradcam(name: str, size: int) -> None:
+def test_shapes_gradients_and_the_layer_for_gradcam(name, size):
     torch.manual_seed(0)
     model = MODELS[name]()
     for module in model.modules():
@@ -17,7 +17,7 @@ def test_shapes_gradients_and_the_layer_for_gradcam(name: str, size: int) -> Non
             nn.init.ones_(module.weight)  # one that starts at zero passes no gradient on
     large = []  # the parts, in the order of execution, that have 7 x 7 positions or more
 
-    def record(part: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+    def record(part, _inputs, output):
         if output.ndim == 4 and output.shape[-1] >= 7:
             large.append(part)
 
@@ -32,7 +32,7 @@ def test_shapes_gradients_and_the_layer_for_gradcam(name: str, size: int) -> Non
         assert parameter.grad.abs().max() > 0, where
 
 
-def test_the_parts_that_the_homework_asks_for() -> None:
+def test_the_parts_that_the_homework_asks_for():
     model = SkipCNN()
     kinds = {}
     for name, part in model.named_children():
@@ -45,7 +45,7 @@ def test_the_parts_that_the_homework_asks_for() -> None:
     assert count_parameters(model) <= 1_000_000
 
 
-def test_a_stage_starts_as_its_skip_connection() -> None:
+def test_a_stage_starts_as_its_skip_connection():
     stage = SkipCNN().stage2.eval()
     x = torch.rand(1, 48, 14, 14)
     out = stage(x)
@@ -53,14 +53,14 @@ def test_a_stage_starts_as_its_skip_connection() -> None:
     assert out.abs().max() > 0
 
 
-def test_normalize_subtracts_the_mean_and_divides_by_the_deviation() -> None:
+def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
     pixels = torch.tensor([[0.2, 0.5, 0.9], [0.4, 0.4, 0.4]])
     normalize = Normalize((0.2, 0.3, 0.4), (0.1, 0.2, 0.0))  # a constant channel counts as 1 / 255
     out = normalize(pixels[:, :, None, None])[:, :, 0, 0]
     assert torch.allclose(out, torch.tensor([[0.0, 1.0, 127.5], [2.0, 0.5, 0.0]]), atol=1e-4)
 
 
-def test_normalisation_and_temperature_travel_with_the_weights() -> None:
+def test_normalisation_and_temperature_travel_with_the_weights():
     images = torch.rand(2, 3, 28, 28)
     trained = SkipCNN((0.7, 0.5, 0.6), (0.1, 0.2, 0.15)).eval()
     logits = trained(images)
@@ -72,7 +72,7 @@ def test_normalisation_and_temperature_travel_with_the_weights() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_layer_table_is_that_of_the_live_model(name: str) -> None:
+def test_layer_table_is_that_of_the_live_model(name):
     model = MODELS[name]().train()
     rows = layer_table(model, 64)
     assert model.training

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -26,14 +25,14 @@ TILES = make_arrays({"test": 1})["test_images"]
 TILE = TILES[0]
 
 
-def save(path: Path, array: np.ndarray = TILE) -> Path:
+def save(path, array=TILE):
     """Save an array as an image."""
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(array).save(path)
     return path
 
 
-def read_csv(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
+def read_csv(folder):
     """Return the files, the classes and the probabilities (N, 9) in predictions.csv."""
     with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
         _, *rows = csv.reader(file)
@@ -41,14 +40,14 @@ def read_csv(folder: Path) -> tuple[list[str], list[str], np.ndarray]:
     return list(files), list(classes), np.array(probs, float).T
 
 
-def evaluated(run_dir: Path, images: np.ndarray) -> np.ndarray:
+def evaluated(run_dir, images):
     """Return the probabilities that the evaluation with eight views finds."""
     model, _ = load_model(run_dir, "cpu")
     batches = [(torch.from_numpy(images), torch.zeros(len(images)))]
     return Training.predict(model, batches, eight_views=True)[0]
 
 
-def test_find_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_tiles(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     for name in ("b.png", "a.tif", ".hidden", ".git/index", "deep/er/c.txt", "out/old.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def test_find_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
-def test_images_are_read_as_pillow_shows_and_resizes_them(mode: str, tmp_path: Path) -> None:
+def test_images_are_read_as_pillow_shows_and_resizes_them(mode, tmp_path):
     for size in ((28, 28), (1, 1), (13, 500)):
         image = Image.fromarray(TILE).resize(size).convert(mode)
         image.save(tmp_path / "tile.tif")
@@ -75,7 +74,7 @@ def test_images_are_read_as_pillow_shows_and_resizes_them(mode: str, tmp_path: P
         np.testing.assert_array_equal(tile, expected)
 
 
-def test_transparent_pixels_are_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_white(tmp_path):
     array = np.dstack([TILE, np.full((28, 28), 255, np.uint8)])
     array[:10, :, 3] = 0
     tile = Predict.read_tile(save(tmp_path / "tile.png", array), 28)
@@ -83,9 +82,7 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tile[10:], TILE[10:])
 
 
-def test_tiles_of_the_models_size_get_the_evaluations_probabilities(
-    predict_cli: Callable, run_dir: Path, tmp_path: Path
-) -> None:
+def test_tiles_of_the_models_size_get_the_evaluations_probabilities(predict_cli, run_dir, tmp_path):
     checkpoint = torch.load(run_dir / "best.pt")
     checkpoint["identity"] |= {"size": 64, "kind": "synthetic"}
     torch.save(checkpoint, run_dir / "best.pt")
@@ -104,9 +101,7 @@ def test_tiles_of_the_models_size_get_the_evaluations_probabilities(
     assert Image.open(out_dir / "predictions.png").width == 150 * Figures.WIDTH
 
 
-def test_a_run_of_several_seeds_answers_as_their_ensemble(
-    predict_cli: Callable, run_dir: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_several_seeds_answers_as_their_ensemble(predict_cli, run_dir, tmp_path):
     runs = tmp_path / "runs"
     for name in ("seed0", "seed1"):
         shutil.copytree(run_dir, runs / name)
@@ -127,9 +122,7 @@ def test_a_run_of_several_seeds_answers_as_their_ensemble(
     assert read_csv(tmp_path / "out")[2] == pytest.approx(np.mean(answers, axis=0), abs=1e-5)
 
 
-def test_the_terminal_shows_fifty_tiles_in_80_columns(
-    predict_cli: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_the_terminal_shows_fifty_tiles_in_80_columns(predict_cli, tmp_path, capfd):
     probs = np.tile([0, 0, 0, 0, 0, 0, 0.21, 0, 0.79], (60, 1))
     files = [Path(f"{'x' * 40}{index}.png") for index in range(60)]
     Predict.write_predictions(files, probs, tmp_path / "predictions.csv")
@@ -140,7 +133,7 @@ def test_the_terminal_shows_fifty_tiles_in_80_columns(
     assert max(map(len, lines)) <= 80
 
 
-def test_the_picture_shows_the_fifty_least_certain_tiles() -> None:
+def test_the_picture_shows_the_fifty_least_certain_tiles():
     rng = np.random.default_rng(0)
     tiles = rng.integers(0, 256, (60, 28, 28, 3), dtype=np.uint8)
     probs = rng.dirichlet(np.ones(9), 60)
@@ -153,8 +146,8 @@ def test_the_picture_shows_the_fifty_least_certain_tiles() -> None:
 
 
 def test_what_is_not_an_image_is_named_skipped_and_counted(
-    predict_cli: Callable, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    predict_cli, run_dir, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     tiles = Path("tiles")
     good = save(tiles / "good.png")
@@ -176,8 +169,8 @@ def test_what_is_not_an_image_is_named_skipped_and_counted(
 
 
 def test_explain_draws_every_tile_and_leaves_the_users_files(
-    predict_cli: Callable, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    predict_cli, run_dir, tmp_path, monkeypatch
+):
     monkeypatch.chdir(save(tmp_path / "tiles" / "a.png").parent)
     names = ["y" * 250, os.fsdecode(b"\xff\xe9")]
     for name in names:
@@ -195,7 +188,7 @@ def test_explain_draws_every_tile_and_leaves_the_users_files(
     assert read_csv(out_dir)[0] == ["a.png", f"{names[0]}.png", r"\udcff\udce9.png"]
 
 
-def test_explain_takes_few_tiles_at_a_time(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_takes_few_tiles_at_a_time(run_dir, monkeypatch):
     model, _ = load_model(run_dir, "cpu")
     tiles = TILES[:5]
     classes = [3, 1, 4, 1, 5]
@@ -208,9 +201,7 @@ def test_explain_takes_few_tiles_at_a_time(run_dir: Path, monkeypatch: pytest.Mo
     assert [len(call.args[1]) for call in Predict.grad_cam.call_args_list] == [2, 2, 1]
 
 
-def test_refused_in_one_line_before_anything_is_written(
-    predict_cli: Callable, run_dir: Path, tmp_path: Path
-) -> None:
+def test_refused_in_one_line_before_anything_is_written(predict_cli, run_dir, tmp_path):
     unfinished = shutil.copytree(run_dir, tmp_path / "unfinished")
     (unfinished / "best.pt").unlink()
     tile = save(tmp_path / "tiles" / "1001-TUM.png")
@@ -233,7 +224,7 @@ def test_refused_in_one_line_before_anything_is_written(
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"needs {SHARED}")
-def test_the_committed_model_on_real_tiles_from_any_folder(tmp_path: Path) -> None:
+def test_the_committed_model_on_real_tiles_from_any_folder(tmp_path):
     command = [sys.executable, ROOT / "Predict.py", SHARED / "tiles"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

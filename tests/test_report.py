@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text()
 METRICS = json.loads((BEST / "metrics.json").read_text())
 
 
-def assert_rows(table: str, text: str) -> None:
+def assert_rows(table, text):
     """Assert that the text has every row of a Markdown table, whatever the padding."""
     have = [" ".join(line.split()) for line in text.splitlines()]
     for row in table.splitlines():
@@ -37,7 +37,7 @@ def assert_rows(table: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("document", ["report.md", "README.md", "docs/experiments.md"])
-def test_every_file_that_the_texts_link_to_exists(document: str) -> None:
+def test_every_file_that_the_texts_link_to_exists(document):
     path = ROOT / document
     text = path.read_text()
     files = [path.parent / link for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text)]
@@ -46,12 +46,12 @@ def test_every_file_that_the_texts_link_to_exists(document: str) -> None:
     assert [str(file) for file in files if not file.is_file()] == []
 
 
-def test_results_are_those_of_the_committed_run() -> None:
+def test_results_are_those_of_the_committed_run():
     results = {key: METRICS[key] for key in Evaluation.RESULTS}
     assert_rows(markdown_table(Evaluation.result_texts(results)), REPORT)
 
 
-def test_per_class_table_is_that_of_the_committed_run() -> None:
+def test_per_class_table_is_that_of_the_committed_run():
     for short, name in zip(SHORT_NAMES, CLASS_NAMES, strict=True):
         row = f"| {short} | {name} |"
         for split in ("test", "val"):
@@ -60,7 +60,7 @@ def test_per_class_table_is_that_of_the_committed_run() -> None:
         assert_rows(row, REPORT)
 
 
-def test_stage_table_and_parameter_count_are_the_models() -> None:
+def test_stage_table_and_parameter_count_are_the_models():
     model = SkipCNN()
     for name, part in model.named_children():
         shapes = [row[3] for row in layer_table(model, 28) if row[0].split(".")[0] == name]
@@ -70,7 +70,7 @@ def test_stage_table_and_parameter_count_are_the_models() -> None:
         assert f"{count_parameters(model):,} parameters" in " ".join(text.split())
 
 
-def test_rows_of_the_benchmark_are_in_report_and_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_the_benchmark_are_in_report_and_readme(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     accuracy = importlib.import_module("accuracy")
     found = json.loads((BENCHMARKS / "accuracy.json").read_text())
@@ -88,8 +88,8 @@ def test_rows_of_the_benchmark_are_in_report_and_readme(monkeypatch: pytest.Monk
 
 
 def test_the_committed_weights_give_the_committed_predictions_and_these_the_metrics(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     if not TILES.exists():
         pytest.skip(f"needs the official file's tiles, {TILES}")
     monkeypatch.syspath_prepend(str(SHARED))

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from Training import TrainingState, fit, predict, resolve
 SAMPLE = ROOT / "data" / "synthetic.npz"
 
 
-def test_the_script_draws_the_committed_file(tmp_path: Path) -> None:
+def test_the_script_draws_the_committed_file(tmp_path):
     script = SAMPLE.with_name("make_synthetic.py")
     subprocess.run([sys.executable, script, "--out", tmp_path / "new.npz"], check=True)
     sample = load_data(SAMPLE)
@@ -31,7 +30,7 @@ def test_the_script_draws_the_committed_file(tmp_path: Path) -> None:
         np.testing.assert_allclose(sample.images[split], new.images[split], rtol=0, atol=1)
 
 
-def test_colour_alone_does_not_solve_it_but_the_network_learns_it(tmp_path: Path) -> None:
+def test_colour_alone_does_not_solve_it_but_the_network_learns_it(tmp_path):
     sample = load_data(SAMPLE)
     colours = {split: images.mean(axis=(1, 2)) for split, images in sample.images.items()}
     linear = LinearDiscriminantAnalysis()

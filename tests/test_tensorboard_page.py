@@ -1,7 +1,6 @@
 """What a person sees on TensorBoard's page of a run, in a real browser."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from playwright.sync_api import expect
 pytestmark = pytest.mark.skipif(not tb.CHROMIUM, reason="needs Chromium")
 
 
-def test_page_shows_the_run(trained: SimpleNamespace) -> None:
+def test_page_shows_the_run(trained):
     assert trained.process.returncode == 0, trained.process.stderr
     run_dir = trained.run_dir
     config = json.loads((run_dir / "config.json").read_text())["config"]
@@ -44,7 +43,7 @@ def test_page_shows_the_run(trained: SimpleNamespace) -> None:
     assert errors == []
 
 
-def check_charts(charts: dict, row: dict) -> None:
+def check_charts(charts, row):
     """Compare the open charts with the last row of the history."""
     expected = {
         "epoch/accuracy": {"main/train": row["train_accuracy"], "main/val": row["val_accuracy"]},
