@@ -121,7 +121,8 @@ def fit_temperature(probs: ndarray, labels: ndarray) -> float:
 
     def loss(log_t: float) -> float:
         fitted = with_temperature(probs, np.exp(log_t))
-        return 2 * log_t**2 - np.log(fitted[np.arange(len(labels)), labels]).sum()
+        prior = log_t**2 / (2 * 0.5**2)
+        return prior - np.log(fitted[np.arange(len(labels)), labels]).sum()
 
     return float(np.exp(minimize_scalar(loss, bounds=(-2, 2), method="bounded").x))
 
@@ -129,6 +130,12 @@ def fit_temperature(probs: ndarray, labels: ndarray) -> float:
 def with_temperature(probs: ndarray, temperature: float) -> ndarray:
     """Return softmax(log(probs) / temperature), float64 (N, 9)."""
     return softmax(np.log(np.maximum(probs, TINY).astype(np.float64)) / temperature, axis=1)
+
+
+def ece_without_temperature(probs: ndarray, labels: ndarray, temperature: float) -> float:
+    """Return the ECE that the probabilities would have if the temperature were 1."""
+    plain = with_temperature(probs, 1 / temperature)
+    return expected_calibration_error(plain, labels)
 
 
 def expected_calibration_error(probs: ndarray, labels: ndarray) -> float:

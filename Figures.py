@@ -289,22 +289,30 @@ def architecture_figure(table: list, name: str) -> Figure:
 
 
 def _draw_stage(axes: Axes, y: int, stage: str, rows: list) -> None:
-    """Draw one stage of the architecture as a box at height y."""
+    """Draw one stage of the architecture as a box at height y, with an arrow above and below."""
+    middle, right, corner = 4, 6.4, 6.9  # of the box, its right side, the skip connection's corner
+    top, bottom = y + 0.28, y - 0.28
     main = _layer_names([row for row in rows if ".skip" not in row[0]])
     skip = _layer_names([row for row in rows if ".skip" in row[0]])
     shape, count = rows[-1][3], sum(row[4] for row in rows)
-    axes.bar(4, 0.56, 4.8, y - 0.28, color="white", edgecolor=BLUE, linewidth=1.5, zorder=3)
-    axes.text(4, y, textwrap.fill(main, 38), ha="center", va="center", fontsize=9, zorder=4)
+    width = 2 * (right - middle)
+    axes.bar(middle, top - bottom, width, bottom, color="white", edgecolor=BLUE, linewidth=1.5)
+    axes.text(middle, y, textwrap.fill(main, 38), ha="center", va="center", fontsize=9)
     axes.text(1.4, y, stage, ha="right", va="center", weight="bold", fontsize=11)
     axes.text(8.4, y, f"{shape}\n{count:,}", va="center", fontsize=10)
-    arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
-    for top in (y, y - 1):
-        axes.annotate("", (4, top + 0.28), (4, top + 0.72), arrowprops={**arrow, "color": GREY})
+    _arrow(axes, (middle, y + 0.72), (middle, top), GREY)
+    _arrow(axes, (middle, bottom), (middle, y - 0.72), GREY)
     if skip:
-        axes.plot([4, 6.9, 6.9], [y + 0.5, y + 0.5, y - 0.12], color=ORANGE, linewidth=1.5)
-        start, end = (6.9, y - 0.12), (6.4, y - 0.12)
-        axes.annotate("", end, start, arrowprops={**arrow, "color": ORANGE})
+        start, end = y + 0.5, y - 0.12
+        axes.plot([middle, corner, corner], [start, start, end], color=ORANGE, linewidth=1.5)
+        _arrow(axes, (corner, end), (right, end), ORANGE)
         axes.text(7, y + 0.2, skip, va="center", color=ORANGE, fontsize=9)
+
+
+def _arrow(axes: Axes, start: tuple, end: tuple, colour: str) -> None:
+    """Draw an arrow between two points (x, y)."""
+    look = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5, "color": colour}
+    axes.annotate("", end, start, arrowprops=look)
 
 
 def _layer_names(rows: list) -> str:

@@ -169,8 +169,7 @@ def evaluate(
         labels = data.labels[split]
         results[key] = Evaluation.compute_metrics(probs[key], labels)
         if not eight_views:
-            plain = Evaluation.with_temperature(probs[key], 1 / temperature)
-            ece = Evaluation.expected_calibration_error(plain, labels)
+            ece = Evaluation.ece_without_temperature(probs[key], labels, temperature)
             results[key]["ece_without_temperature"] = ece
     Evaluation.write_predictions(out_dir, results, probs["test"])
     figures = Evaluation.result_figures(model, data, probs, results)
