@@ -38,18 +38,10 @@ import Processor
 import Runs
 import Training
 from analyze_data import ROOT, PathData, channel_stats, find_data, load_data
-from Common import (
-    SYNTHETIC,
-    Parser,
-    Stopped,
-    UserError,
-    as_path,
-    plain_table,
-    run_script,
-    write_json,
-)
+from Common import SYNTHETIC, Stopped, UserError, plain_table, write_json
 from MyModels import MODELS, TissueModel, count_parameters
 from Runs import Config
+from Script import Parser, as_path, run_script
 
 Results = tuple[dict, dict]  # metrics.json's content, probabilities
 
@@ -95,7 +87,7 @@ def train_seeds(data: PathData, config: Config, seeds: list, run_dir: Path) -> N
     stops the training, the message says how to continue."""
     try:
         if len(seeds) == 1:
-            train(data, config, run_dir)
+            train(data, replace(config, seed=seeds[0]), run_dir)
         else:
             train_each(data, config, seeds, run_dir)
     except Stopped as stopped:

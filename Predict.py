@@ -37,16 +37,14 @@ from Common import (
     CLASS_NAMES,
     SHORT_NAMES,
     SYNTHETIC,
-    Parser,
     UserError,
-    as_path,
     make_folder,
     plain_table,
-    run_script,
     write_atomically,
 )
 from Evaluation import grad_cam
 from MyModels import TissueModel
+from Script import Parser, as_path, run_script
 
 BEST = Path(__file__).resolve().parent / "runs" / "best"
 HEADER = ["file", "class", *SHORT_NAMES]  # of predictions.csv

@@ -27,17 +27,8 @@ import numpy as np
 from numpy import ndarray
 
 import Figures
-from Common import (
-    CLASS_NAMES,
-    CLASSES,
-    SHORT_NAMES,
-    SYNTHETIC,
-    Parser,
-    UserError,
-    as_path,
-    make_folder,
-    run_script,
-)
+from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC, UserError, make_folder
+from Script import Parser, as_path, run_script
 
 SPLITS = ("train", "val", "test")
 SIZES = (28, 64, 128, 224)

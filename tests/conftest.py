@@ -21,7 +21,7 @@ import Figures
 import PathMNIST
 import Predict
 from analyze_data import ROOT, PathData, load_data
-from Common import run_script
+from Script import run_script
 
 SHARED = ROOT.parent / "shared" / "data"
 COUNTS = {"train": 8, "val": 4, "test": 5}  # images per class

@@ -30,7 +30,7 @@ from conftest import COUNTS, blank_figures, differences, different_checkpoints, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import PathMNIST
-from Common import run_script
+from Script import run_script
 
 EPOCHS = 6
 OPTIONS = ["--epochs", str(EPOCHS), "--batch-size", "16", "--device", "cpu", "--patience", "99"]

@@ -22,6 +22,7 @@ import Evaluation
 import PathMNIST
 import Predict
 import Runs
+import Script
 import Training
 
 Patch = pytest.MonkeyPatch
@@ -129,7 +130,7 @@ def test_several_seeds_stopped_and_resumed_and_their_ensemble(
 ):
     folder, argv = tmp_path / "a b" / "both", ["--data", tiny, *TRAINING, "--epochs", "2"]
     runs = [folder / "seed3", folder / "seed1"]
-    steps = iter([PathMNIST.evaluate, lambda *_args: Common.stop(signal.SIGINT, None)])
+    steps = iter([PathMNIST.evaluate, lambda *_args: Script.stop(signal.SIGINT, None)])
     argv += ["--log-dir", folder.parent, "--name", "both", "--seeds", "3", "1"]
     with Patch.context() as patch:
         patch.setattr(PathMNIST, "evaluate", lambda *args: next(steps)(*args))
@@ -254,6 +255,12 @@ def test_runs_that_start_in_the_same_second(tmp_path):
     assert [folder.name for folder in folders] == ["run", "run-2", "run-3"]
 
 
+def test_seeds_with_a_single_seed_trains_that_seed(cli, no_figures, tiny, tmp_path):
+    argv = ["--data", tiny, *TRAINING, "--epochs", "1", "--log-dir", tmp_path, "--name", "one"]
+    assert cli(*argv, "--seeds", "3")[0] == 0
+    assert read_json(tmp_path / "one" / "metrics.json")["seed"] == 3
+
+
 # ---- signals, pipes, memory ---------------------------------------------------------------------
 
 
@@ -289,7 +296,7 @@ def test_signals_and_a_closed_terminal(tmp_path):
 
 def run_code(code, *before, **streams):
     """Run a script whose `main` is `code`, in a process of its own."""
-    code = f"import os, sys, Common\ndef main(): {code}\nsys.exit(Common.run_script(main))"
+    code = f"import os, sys, Script\ndef main(): {code}\nsys.exit(Script.run_script(main))"
     command = [*before, sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, timeout=60, **streams)
 
@@ -346,8 +353,8 @@ def test_errors_that_become_one_line(capsys):
         raise error
 
     for error in ERRORS:
-        assert Common.run_script(fail, error) == 2
+        assert Script.run_script(fail, error) == 2
         assert "--batch-size" in only_line(capsys.readouterr().err)
     for error in (FileNotFoundError(2, "No such file"), RuntimeError("shapes"), NameError("x")):
         with pytest.raises(type(error)):  # these are faults of the program
-            Common.run_script(fail, error)
+            Script.run_script(fail, error)

@@ -12,7 +12,8 @@ import pytest
 
 import analyze_data
 from analyze_data import FILE_NAME, download, find_data
-from Common import UserError, run_script
+from Common import UserError
+from Script import run_script
 
 BODY = bytes(range(256)) * 4000
 MD5 = hashlib.md5(BODY).hexdigest()

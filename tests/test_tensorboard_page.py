@@ -22,7 +22,7 @@ def test_page_shows_the_run(trained):
     with tb.browse(trained.log_dir) as (page, errors):
         # The curves that matter are in the window when the page opens, without a click or a filter.
         for tag in ("epoch/accuracy", "epoch/auc", "epoch/loss"):
-            chart = page.locator(f'card-view:has([title="{tag}"]) line-chart canvas')
+            chart = page.locator(f'card-view:has([title="{tag}"]) line-chart')
             expect(chart).to_be_in_viewport(ratio=1, timeout=1000 * tb.LIMIT)
         check_charts(tb.read_charts(page), torch.load(run_dir / "last.pt")["history"][-1])
 
