@@ -13,7 +13,7 @@ import os
 import signal
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until `run_script`
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
 import argparse

@@ -50,10 +50,10 @@ def fit(
     state: "TrainingState", train_loader: DataLoader, val_loader: DataLoader, log: Log | None = None
 ) -> list:
     """Train, validating after each epoch, and leave `best.pt` and `last.pt` in the run's folder.
-    Continues after the state's last epoch: with the same number of threads, the result is
-    bit-identical to that of a run that was never interrupted. Returns the history, a row per epoch.
-    At the end the model has the weights of the best epoch and is calibrated. UserError if the loss
-    is no longer finite."""
+    Continues after the state's last epoch: with the same number of threads (`OMP_NUM_THREADS` fixes
+    it), the result is bit-identical to that of a run that was never interrupted. Returns the
+    history, a row per epoch. At the end the model has the weights of the best epoch and is
+    calibrated. UserError if the loss is no longer finite."""
     config = state.config
     done, steps = len(state.history), len(train_loader)
     print_start(state, steps)

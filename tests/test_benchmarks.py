@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from analyze_data import ROOT
+from MyModels import MODELS
 from Runs import Config
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
@@ -48,3 +49,21 @@ def test_speed_takes_a_step_and_makes_its_table(data, monkeypatch):
     speed.our_step(data, speed.Training.resolve(Config(device="cpu"), 72))()
     results = json.loads((BENCHMARKS / "speed.json").read_text())
     assert "matmul of 4096 x 4096" in speed.markdown(results)
+
+
+def test_every_corruption_changes_the_tiles_the_same_way_each_time(data, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    robustness = importlib.import_module("robustness")
+    images, kinds = data.images["val"], set()
+    for kind, severity, corrupt in robustness.suite():
+        kinds.add(kind)
+        changed = corrupt(images)
+        assert (changed.shape, changed.dtype) == (images.shape, images.dtype)
+        assert not np.array_equal(changed, images), (kind, severity)
+        assert np.array_equal(changed, corrupt(images))
+    assert len(kinds) == 9
+    model = MODELS["skipcnn"]().eval()
+    found = robustness.measure(model, images, data.labels["val"])
+    means = [np.mean(list(each.values())) for each in found["kinds"].values()]
+    assert found["mean"] == pytest.approx(np.mean(means))
+    assert "| mean of the kinds |" in robustness.table(found)

@@ -1,0 +1,175 @@
+"""How accurate a run stays on tiles that are blurred, noisy, compressed, or otherwise changed.
+
+    python tests/benchmarks/robustness.py --data data/pathmnist.npz
+    python tests/benchmarks/robustness.py --data data/pathmnist.npz --run runs/NAME --split test
+
+Nine kinds of corruption at several severities, by Pillow and torchvision, are applied to uint8
+tiles, the same way each time. Prints a Markdown table: accuracy from one view by kind and severity,
+the mean of the nine kinds, and the calibration error over the whole suite. Recipes are chosen on
+val, the default split.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import Evaluation  # noqa: E402
+import Processor  # noqa: E402
+import Runs  # noqa: E402
+import Training  # noqa: E402
+from analyze_data import load_data  # noqa: E402
+from Common import markdown_table  # noqa: E402
+
+COUNT = 2_400  # images, so that the suite takes a minute
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """Turn uint8 images (N, S, S, 3) into float (N, 3, S, S) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Turn float images (N, 3, S, S) into uint8 (N, S, S, 3); what leaves [0, 1] is clipped."""
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def blur(images: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur by a Gaussian with a standard deviation of `sigma` pixels: out of focus."""
+    return to_bytes(functional.gaussian_blur(to_tensor(images), [9, 9], [sigma, sigma]))
+
+
+def noise(images: np.ndarray, std: float) -> np.ndarray:
+    """Add Gaussian noise to every value, with a standard deviation of `std` of the range."""
+    x = to_tensor(images)
+    generator = torch.Generator().manual_seed(0)
+    return to_bytes(x + std * torch.randn(x.shape, generator=generator))
+
+
+def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
+    """Save each tile as JPEG and read it again, with Pillow's other options as they are: colours at
+    half the resolution."""
+    out = np.empty_like(images)
+    for index, image in enumerate(images):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        out[index] = np.asarray(Image.open(file))
+    return out
+
+
+def resample(images: np.ndarray, size: int) -> np.ndarray:
+    """Shrink each tile to `size` pixels a side and enlarge it again, both bilinear."""
+    out = np.empty_like(images)
+    for index, image in enumerate(images):
+        small = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        out[index] = small.resize(image.shape[:2], Image.Resampling.BILINEAR)
+    return out
+
+
+def motion(images: np.ndarray, path: list) -> np.ndarray:
+    """Average over the pixels that are 1 in `path`, an odd number of rows and columns: the slide
+    moved while it was scanned."""
+    kernel = torch.tensor(path, dtype=torch.float32)
+    kernel = (kernel / kernel.sum()).expand(3, 1, *kernel.shape)
+    down, right = kernel.shape[2] // 2, kernel.shape[3] // 2
+    padded = F.pad(to_tensor(images), (right, right, down, down), mode="reflect")
+    return to_bytes(F.conv2d(padded, kernel, groups=3))
+
+
+def adjust(images: np.ndarray, change: Callable, factor: float) -> np.ndarray:
+    """Apply one of torchvision's functions that adjust an image by a factor; 1 changes nothing."""
+    return to_bytes(change(to_tensor(images), factor))
+
+
+def suite() -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+    """Yield kind, severity and function of each corruption."""
+    for sigma in (0.4, 0.5, 0.6, 0.8, 1.0):
+        yield "blur", f"{sigma} px", partial(blur, sigma=sigma)
+    for std in (0.01, 0.02, 0.04, 0.06):
+        yield "noise", f"{std}", partial(noise, std=std)
+    for quality in (90, 75, 50, 30):
+        yield "JPEG", f"quality {quality}", partial(jpeg, quality=quality)
+    for size in (24, 20, 16):
+        yield "resampled", f"{size} px", partial(resample, size=size)
+    diagonal = np.eye(3).tolist()
+    for path in ([[1] * 3], [[1]] * 3, diagonal, [[1] * 5]):
+        name = "diagonal" if path == diagonal else f"{len(path[0])} x {len(path)} px"
+        yield "motion", name, partial(motion, path=path)
+    for kind, change, factors in (
+        ("sharpened", functional.adjust_sharpness, (1.5, 2, 2.5)),
+        ("brightness", functional.adjust_brightness, (0.7, 0.8, 1.1, 1.2)),
+        ("contrast", functional.adjust_contrast, (0.5, 0.7, 1.3, 1.6)),
+        ("saturation", functional.adjust_saturation, (0.5, 0.75, 1.3, 1.6)),
+    ):
+        for factor in factors:
+            yield kind, f"{factor}", partial(adjust, change=change, factor=factor)
+
+
+def probabilities(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """Return the model's probabilities (N, 9) from one view."""
+    parts = torch.from_numpy(images).split(Training.eval_batch(images.shape[1]))
+    return Training.predict(model, [(part, torch.zeros(len(part))) for part in parts])[0]
+
+
+def measure(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> dict:
+    """Return "clean" accuracy, "kinds" (accuracy by kind and severity), "mean" (of the kinds) and
+    "ece" (over all corrupted images)."""
+    clean = probabilities(model, images)
+    kinds: dict = {}
+    everything = []
+    for kind, severity, corrupt in tqdm(list(suite()), desc="corruptions", disable=None):
+        probs = probabilities(model, corrupt(images))
+        everything.append(probs)
+        accuracy = float((probs.argmax(1) == labels).mean())
+        kinds.setdefault(kind, {})[severity] = accuracy
+    together = np.concatenate(everything)
+    return {
+        "clean": float((clean.argmax(1) == labels).mean()),
+        "kinds": kinds,
+        "mean": float(np.mean([np.mean(list(each.values())) for each in kinds.values()])),
+        "ece": Evaluation.expected_calibration_error(together, np.tile(labels, len(everything))),
+    }
+
+
+def table(found: dict) -> str:
+    """Return the results as a Markdown table."""
+    rows = [["corruption", "severity: accuracy", "mean"]]
+    for kind, each in found["kinds"].items():
+        severities = ", ".join(f"{name}: {value:.3f}" for name, value in each.items())
+        rows.append([kind, severities, f"{np.mean(list(each.values())):.3f}"])
+    rows.append(["mean of the kinds", f"ECE {found['ece']:.3f}", f"{found['mean']:.3f}"])
+    rows.append(["none", "", f"{found['clean']:.3f}"])
+    return markdown_table(rows)
+
+
+def main() -> None:
+    """Measure one run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="npz file")
+    parser.add_argument(
+        "--run", type=Path, default=ROOT / "runs" / "best", help="default: runs/best"
+    )
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
+    args = parser.parse_args()
+    Processor.prepare()
+    data = load_data(args.data)
+    model, _ = Runs.load_model(args.run, "cpu")
+    chosen = np.random.default_rng(0).permutation(data.counts[args.split])[:COUNT]
+    print(table(measure(model, data.images[args.split][chosen], data.labels[args.split][chosen])))
+
+
+if __name__ == "__main__":
+    main()
