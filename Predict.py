@@ -81,27 +81,35 @@ def main(argv: list | None = None) -> None:
 
 
 def find_tiles(paths: list, out: Path) -> list:
-    """Return the files among `paths`, and the files inside the folders among them, sorted by name.
-    Links to folders are followed. Hidden files and the output folder `out` are left out."""
+    """Return the files among `paths`, and the files inside the folders among them. Hidden files and
+    the output folder `out` are left out."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += files_in(path, out)
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"{paths[0]}: no files in that folder; check the path")
+    return files
+
+
+def files_in(top: Path, out: Path) -> list:
+    """Return the files in a folder and, sorted by name, in its subfolders. Links to folders are
+    followed, each folder once. UserError if a folder cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}; ask for access, or leave it out")
 
-    files: list = []
+    files = []
     seen = {os.path.realpath(out)}
-    for path in paths:
-        if not os.path.isdir(path):
-            files.append(path)
+    for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()  # os.walk then goes no deeper
             continue
-        for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
-            if os.path.realpath(folder) in seen:
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    if not files:
-        raise UserError(f"{paths[0]}: no files in that folder; check the path")
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     return files
 
 

@@ -6,14 +6,12 @@ with thread_adapter() as adapt_threads:
     adapt_threads()
 """
 
-import contextlib
 import ctypes
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import joblib
@@ -60,32 +58,41 @@ def prepare() -> None:
             libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
-@contextlib.contextmanager
-def thread_adapter() -> Iterator[Callable[[], None]]:
-    """Yield a function that sets PyTorch's number of threads to the number of free cores, at most
-    once a second. Threads wait for each other at every layer, so if another program takes one
-    thread's core, all threads nearly stop. The number never exceeds the initial one, nor the cores
-    that a container may use, and the initial number is restored at the end. If the user has set
-    `OMP_NUM_THREADS`, nothing is changed, because the number of threads affects the last bits of a
-    result."""
-    at_first = torch.get_num_threads()
-    most = min(at_first, joblib.cpu_count())  # respects CPU affinity and container limits
-    cores = psutil.cpu_count() or 1
-    process = psutil.Process()
-    last = 0.0
+class Threads:
+    """Adapts PyTorch's number of threads to the number of free cores, as a context manager. Threads
+    wait for each other at every layer, so if another program takes one thread's core, all threads
+    nearly stop. The number never exceeds the initial one, nor the cores that a container may use,
+    and the initial number is restored at the end. If the user has set `OMP_NUM_THREADS`, nothing is
+    changed, because the number of threads affects the last bits of a result."""
 
-    def adapt() -> None:
-        nonlocal last
-        if time.perf_counter() - last < 1:
+    def __enter__(self) -> "Threads":
+        self.at_first = torch.get_num_threads()
+        self.most = min(self.at_first, joblib.cpu_count())  # respects affinity and containers
+        self.is_fixed = "OMP_NUM_THREADS" in os.environ
+        self.process = psutil.Process()
+        self.last = time.perf_counter()
+        self.free_cores()  # the first answer means nothing
+        if not self.is_fixed:
+            torch.set_num_threads(self.most)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        torch.set_num_threads(self.at_first)
+
+    def adapt(self) -> None:
+        """Use as many threads as cores are free. To be called often; acts once a second."""
+        if self.is_fixed or time.perf_counter() - self.last < 1:
             return
-        first, last = last == 0, time.perf_counter()
-        with contextlib.suppress(OSError, psutil.Error):  # the system does not report its load
-            # Both percentages are averages since the previous call; the first ones mean nothing.
-            others = cores * psutil.cpu_percent() / 100 - process.cpu_percent() / 100
-            free = most if first else int(cores - others + 0.3)  # a core that is 70 % free counts
-            torch.set_num_threads(max(1, min(most, free)))
+        self.last = time.perf_counter()
+        wanted = int(self.free_cores() + 0.3)  # a core that is 70 % free counts
+        torch.set_num_threads(max(1, min(self.most, wanted)))
 
-    try:
-        yield (lambda: None) if "OMP_NUM_THREADS" in os.environ else adapt
-    finally:
-        torch.set_num_threads(at_first)
+    def free_cores(self) -> float:
+        """Return how many cores other programs have left free since the last call."""
+        cores = psutil.cpu_count() or 1
+        try:
+            busy = cores * psutil.cpu_percent() / 100
+            own = self.process.cpu_percent() / 100
+        except (OSError, psutil.Error):  # the system does not report its load
+            return cores
+        return cores - (busy - own)

@@ -7,7 +7,7 @@ probs, labels = predict(model, test_loader)
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,19 +62,14 @@ def fit(
             log.start(state.model)
         state.save()  # a run that is stopped in its first epoch can be resumed too
     bar = tqdm(total=config.epochs * steps, initial=done * steps, unit="batch", disable=None)
-    with bar, Processor.thread_adapter() as adapt_threads:
-
-        def after_step() -> None:
-            bar.update()
-            adapt_threads()
-
+    with bar, Processor.Threads() as threads:
         bar.write("  epoch  train loss  accuracy    val loss  accuracy     AUC")
         for epoch in range(done, config.epochs):
             if should_stop(state.history, config.patience):
                 best = best_epoch(state.history)
                 bar.write(f"early stop: val loss has not come near its lowest since epoch {best}")
                 break
-            row = train_one_epoch(state, train_loader, epoch, after_step)
+            row = train_one_epoch(state, train_loader, epoch, bar, threads)
             probs, labels = predict(state.model, val_loader)
             for name, value in Evaluation.validation_metrics(probs, labels).items():
                 row[f"val_{name}"] = value
@@ -89,7 +84,11 @@ def fit(
 
 
 def train_one_epoch(
-    state: "TrainingState", loader: DataLoader, epoch: int, after_step: Callable[[], None]
+    state: "TrainingState",
+    loader: DataLoader,
+    epoch: int,
+    bar: tqdm,
+    threads: Processor.Threads,
 ) -> dict:
     """Train for one epoch; return its row of the history, without the validation metrics.
     Cross-entropy and accuracy are means over the augmented images. An image with a CutMix patch
@@ -110,7 +109,8 @@ def train_one_epoch(
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")  # without label smoothing
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
-        after_step()
+        bar.update()
+        threads.adapt()
     loss_sum, correct, count = sums.tolist()
     seconds = time.perf_counter() - start
     return {

@@ -238,13 +238,31 @@ def read_arrays(file: BinaryIO, path: Path) -> dict:
 def check_split(split: str, arrays: dict, path: Path) -> tuple[ndarray, ndarray]:
     """Return a split's images, uint8 (N, S, S, 3), and labels, int64 (N,); UserError if they are
     missing or differ from PathMNIST's format."""
+
+    def require(is_right: bool, problem: str) -> None:
+        if not is_right:
+            raise UserError(f"{path}: {problem}")
+
     for name in (f"{split}_images", f"{split}_labels"):
-        if name not in arrays:
-            raise UserError(f"{path}: holds no array {name}; give a PathMNIST npz file")
+        require(name in arrays, f"holds no array {name}; give a PathMNIST npz file")
+        is_array = isinstance(arrays[name], ndarray)
+        require(is_array, f"{name} is not an array; download the file again")
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    wrong = what_is_wrong(split, images, labels)
-    if wrong:
-        raise UserError(f"{path}: {wrong}")
+    kind, shape = f"{images.dtype!s:.60}", f"{images.shape!s:.60}"
+    require(images.dtype == np.uint8, f"{split}_images is {kind}, not uint8; save pixels as 0..255")
+    is_square = images.ndim == 4 and images.shape[1:] in {(size, size, 3) for size in SIZES}
+    what = f"{split}_images has shape {shape}, not (N, S, S, 3) with S one of {SIZES}"
+    require(is_square, f"{what}: not PathMNIST; give pathmnist.npz or another of these sizes")
+    what = f"{split}_labels is {labels.dtype!s:.60}, not integer"
+    require(labels.dtype.kind in "iu", f"{what}; save class numbers 0..8")
+    count = len(images)
+    what = f"{split} has images {shape} but labels {labels.shape!s:.60}"
+    fits = labels.shape in ((count,), (count, 1))
+    require(fits, f"{what}; save one class number per image, as (N,) or (N, 1)")
+    require(count > 0, f"{split} is empty; put at least one image into every split")
+    what = f"{split}_labels run from {labels.min()} to {labels.max()}, not within 0..8"
+    is_class = labels.min() >= 0 and labels.max() < len(CLASS_NAMES)
+    require(is_class, f"{what}; number the nine classes as MedMNIST does")
     return np.ascontiguousarray(images), labels.reshape(-1).astype(np.int64)
 
 
@@ -259,29 +277,6 @@ def check_whole(images: dict, labels: dict, path: Path) -> None:
     sizes = sorted({array.shape[1] for array in images.values()})
     if len(sizes) > 1:
         raise UserError(f"{path}: its splits have different sizes {sizes}; use one size")
-
-
-def what_is_wrong(split: str, images: ndarray, labels: ndarray) -> str:
-    """Return how a split's arrays differ from PathMNIST's, and the remedy; "" if they do not."""
-    if not (isinstance(images, ndarray) and isinstance(labels, ndarray)):
-        return f"{split} contains something other than arrays; download it again"
-    shape = images.shape
-    if images.dtype != np.uint8:
-        return f"{split}_images is {images.dtype!s:.60}, not uint8; save the pixels as 0..255"
-    if len(shape) != 4 or shape[1:] not in {(size, size, 3) for size in SIZES}:
-        what = f"{split}_images has shape {shape!s:.60}, not (N, S, S, 3) with S one of {SIZES}"
-        return f"{what}: not PathMNIST; give pathmnist.npz, or PathMNIST in another of these sizes"
-    if labels.dtype.kind not in "iu":
-        return f"{split}_labels is {labels.dtype!s:.60}, not integer; save class numbers 0..8"
-    if labels.shape not in ((shape[0],), (shape[0], 1)):
-        what = f"{split} has images {shape} but labels {labels.shape!s:.60}"
-        return f"{what}; save one class number per image, as (N,) or (N, 1)"
-    if shape[0] < 1:
-        return f"{split} is empty; put at least one image into every split"
-    if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
-        what = f"{split}_labels run from {labels.min()} to {labels.max()}, not within 0..8"
-        return f"{what}; number the nine classes as MedMNIST does"
-    return ""
 
 
 def channel_stats(images: ndarray) -> tuple[ndarray, ndarray]:

@@ -259,6 +259,7 @@ def test_threads_make_room_for_others(monkeypatch, quota, fixed, expected):
     """Of four cores, other programs use two; a container may use `quota` of the four."""
     psutil = Mock(cpu_count=lambda: 4, cpu_percent=lambda: 50.0)
     psutil.Process().cpu_percent = lambda: 0.0  # this process
+    psutil.Error = OSError
     monkeypatch.setattr(Processor, "psutil", psutil)
     monkeypatch.setattr(Processor.joblib, "cpu_count", lambda: quota)
     monkeypatch.setattr(time, "perf_counter", itertools.count(2, 2).__next__)
@@ -268,11 +269,10 @@ def test_threads_make_room_for_others(monkeypatch, quota, fixed, expected):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     for _ in range(2):  # the second fit starts again with all threads
-        used = []
-        with Processor.thread_adapter() as adapt:
-            for _ in expected:
-                adapt()
-                used.append(torch.get_num_threads())
+        with Processor.Threads() as threads:
+            used = [torch.get_num_threads()]
+            threads.adapt()
+            used.append(torch.get_num_threads())
         assert used == expected and torch.get_num_threads() == 4
     torch.set_num_threads(before)
 

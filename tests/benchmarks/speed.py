@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -151,7 +152,8 @@ def epoch_speed(data: PathData, config: Config, folder: Path) -> dict[str, float
     val = make_loader(data, "val", Training.eval_batch(data.size), config.device)
     state = Training.TrainingState(SkipCNN(), config, folder)
     start = time.perf_counter()
-    Training.train_one_epoch(state, train, 0, lambda: None)
+    with Processor.Threads() as threads:
+        Training.train_one_epoch(state, train, 0, tqdm(disable=True), threads)
     middle = time.perf_counter()
     Training.predict(state.model, val)
     return {"epoch, training": middle - start, "epoch, validation": time.perf_counter() - middle}
