@@ -92,7 +92,7 @@ def train_seeds(data: PathData, config: Config, seeds: list, run_dir: Path) -> N
             train_each(data, config, seeds, run_dir)
     except Stopped as stopped:
         if (run_dir / "config.json").exists():
-            stopped.advice = f"; continue with: {Runs.resume_command(run_dir)}"
+            stopped.advice = f"; continue with:\n{Runs.resume_command(run_dir)}"
         raise
 
 
@@ -176,11 +176,12 @@ def finish(results: dict, out_dir: Path) -> None:
     kind = SYNTHETIC if data["kind"] == "synthetic" else f"the {data['kind']} data"
     table = Evaluation.result_texts({key: results[key] for key in Evaluation.RESULTS})
     print(f"\nResults on {kind} in {data['path']}:\n{plain_table(table)}")
-    print("(_tta: mean over the eight flips and quarter turns of each image)")
+    print("(_tta: mean over the eight flips and quarter turns of each image;")
+    print("loss and ECE are measured after the temperature was fitted on val)")
     one, eight = results["test"]["accuracy"], results["test_tta"]["accuracy"]
     print(f"\nTest accuracy {one:.4f} from one view, {eight:.4f} from eight")
-    print(f"All files are in {out_dir}. TensorBoard shows the run:")
-    print(f"tensorboard --logdir {shlex.quote(str(out_dir.parent))}")
+    print(f"All files: {out_dir}")
+    print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(out_dir.parent))}")
 
 
 def predict_all(model: TissueModel, data: PathData) -> dict:
@@ -263,7 +264,7 @@ def data_of_run(args: argparse.Namespace, settings: dict) -> PathData:
     """Return the data that --data names, or else the data that the run was trained on."""
     path = str(ROOT / settings["dataset"]["path"])
     if args.data is None and not os.path.exists(path):
-        raise UserError(f"{path}: the run's data is no longer there; say with --data where it is")
+        raise UserError(f"{path}: the run's data is not there; say with --data where it is")
     return load_data(find_data(args.data or path))
 
 
@@ -347,7 +348,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--name",
         type=run_name,
-        help="name of the run's folder in it (default: from model, seed and time)",
+        help="name of the run's folder in --log-dir (default: model, seed, time)",
     )
     add_training_options(parser.add_argument_group("training"))
     group = parser.add_argument_group("instead of a new run (RUN: a run's folder, runs/NAME)")
@@ -372,7 +373,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     batch = number(int, 2, 65_536)
     epochs = "default: by number of images: {cpu} on a CPU, {cuda} on a GPU for all of PathMNIST"
     epochs = epochs.format(**Training.EPOCHS)
-    patience = "stop if val loss is not near its lowest for N epochs (default: epochs / 3, >= 5)"
+    patience = "stop after N epochs without improvement (default: epochs / 3, at least 5)"
     add = group.add_argument
     add("--model", choices=MODELS, help=f"the network (default: {default.model})")
     add("--epochs", type=count, metavar="N", help=epochs)

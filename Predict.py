@@ -62,7 +62,7 @@ def main(argv: list | None = None) -> None:
     models = [model for model, _ in loaded]
     identity = loaded[0][1]["identity"]
     if identity["kind"] == "synthetic":
-        print(f"This model was trained on {SYNTHETIC}: its answers mean nothing.", file=sys.stderr)
+        print(f"The model knows only {SYNTHETIC}: its answers mean nothing", file=sys.stderr)
     files = find_tiles(args.paths, args.out)
     prepare_out(args.out, files)
     good, tiles = read_tiles(files, identity["size"])
@@ -82,9 +82,13 @@ def main(argv: list | None = None) -> None:
 
 def find_tiles(paths: list, out: Path) -> list:
     """Return the files among `paths`, and the files inside the folders among them. Hidden files and
-    the output folder `out` are left out."""
+    the output folder `out` are left out. UserError if a path does not exist or is `out`."""
     files = []
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; check the path")
+        if path.resolve() == out.resolve():
+            raise UserError(f"--out {out}: the images lie there; choose another folder")
         if path.is_dir():
             files += files_in(path, out)
         else:
@@ -125,8 +129,6 @@ def prepare_out(out: Path, files: list) -> None:
     for path in (table, picture):
         if path.exists() and not is_ours:
             raise UserError(f"{path}: not written by this program; choose another --out")
-    if is_ours:
-        print(f"{out}: the results of an earlier run are replaced")
 
 
 def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
@@ -138,7 +140,7 @@ def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
             good.append(path)
         except Exception as error:  # whatever a decoder raises, go on with the other files
             reason = " ".join(str(error).split())[:100]
-            print(f"skipped {path}: {type(error).__name__}: {reason}", file=sys.stderr)
+            tqdm.write(f"skipped {path}: {type(error).__name__}: {reason}", file=sys.stderr)
     if not good:
         what = f"{files[0]}: not a readable image, and neither is any other file"
         raise UserError(f"{what}; check the paths")
@@ -188,6 +190,8 @@ def write_predictions(files: list, probs: ndarray, path: Path) -> None:
         table.writerow([file, SHORT_NAMES[first], *p.tolist()])
         runner_up = f"{SHORT_NAMES[second]} {p[second]:.2f}"
         rows.append([file.name[-24:], CLASS_NAMES[first], f"{p[first]:.3f}", runner_up])
+    if path.exists():
+        print(f"{path.parent}: the results of an earlier run are replaced")
     write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
     print(plain_table(rows[:51]))
     if len(files) > 50:

@@ -240,7 +240,8 @@ def print_start(state: "TrainingState", batches: int) -> None:
     """Print what is about to be trained."""
     config = state.config
     parameters = count_parameters(state.model)
-    print(f"{state.run_dir}: {config.model}, {parameters:,} parameters")
+    print(f"Training into {state.run_dir}:")
+    print(f"{config.model}, {parameters:,} parameters")
     print(
         f"{config.epochs} epochs of {batches} batches of {config.batch_size} images, "
         f"{config.device} {config.precision}, seed {config.seed}"
@@ -257,7 +258,7 @@ def print_epoch(row: dict, state: "TrainingState", bar: tqdm) -> None:
         f"{row['val_loss']:10.4f}  {row['val_accuracy']:8.4f}  {row['val_auc']:6.4f}"
     )
     if best_epoch(state.history) == epoch:
-        line += "  best"
+        line += "  -> best.pt"
     if epoch % math.ceil(epochs / 20) == 0 or epoch == epochs:
         bar.write(line)
     bar.set_postfix_str(f"epoch {epoch}, val acc {row['val_accuracy']:.3f}")

@@ -1,8 +1,10 @@
 """Find, check and describe the PathMNIST data: tables and two figures.
 
-python analyze_data.py                        # finds or downloads it
-python analyze_data.py --data pathmnist.npz   # a file, or its folder
-python analyze_data.py --data ~/data --out figures
+    python analyze_data.py                        # finds or downloads it
+    python analyze_data.py --data pathmnist.npz   # a file, or its folder
+    python analyze_data.py --data ~/data --out figures
+
+The other scripts use `find_data` and `load_data`.
 """
 
 import os

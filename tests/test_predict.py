@@ -54,11 +54,14 @@ def test_find_tiles(tmp_path, monkeypatch):
         (folder / name).touch()
     (folder / "also-deep").symlink_to("deep")  # shown once, in spite of a loop of links
     (folder / "deep" / "loop").symlink_to(folder)
-    single = tmp_path / "single.png"
+    single, empty = tmp_path / "single.png", tmp_path / "empty"
+    single.touch()
+    empty.mkdir()
     found = [path.name for path in Predict.find_tiles([single, folder], folder / "out")]
     assert found == ["single.png", "a.tif", "b.png", "c.txt"]
-    with pytest.raises(UserError, match="no files"):
-        Predict.find_tiles([folder / "out"], folder / "out")
+    for path, said in ((empty, "no files"), (single / "x", "no such"), (folder, "--out .* lie")):
+        with pytest.raises(UserError, match=said):
+            Predict.find_tiles([path], folder)
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "denied", "deep")))
     with pytest.raises(UserError, match="deep: denied"):  # root may enter any folder
         Predict.find_tiles([folder], tmp_path)
