@@ -243,9 +243,9 @@ def evaluate_again(args: argparse.Namespace) -> None:
     if data.md5 != trained["md5"]:
         subfolder = f"evaluated-on-{data.path.stem[:50]}-{data.md5[:8]}"
         print(f"{run_dir} was trained on other data:\nthe results go to its subfolder {subfolder}")
+    loaded = [Runs.load_model(folder, device) for folder in folders]
     runs = []
-    for folder in folders:
-        model, checkpoint = Runs.load_model(folder, device)
+    for folder, (model, checkpoint) in zip(folders, loaded, strict=True):
         if "training" not in checkpoint:
             print(f"{folder}: training was stopped before its end; --resume continues it")
         out_dir = folder / subfolder

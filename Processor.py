@@ -1,9 +1,9 @@
 """The device: which one to use, whether it is fast in bf16, and settings that make a CPU faster.
 
 device = choose_device("auto")
-with thread_adapter() as adapt_threads:
-    ...                                 # a training step
-    adapt_threads()
+with Threads() as threads:
+    ...                  # a training step
+    threads.adapt()
 """
 
 import ctypes

@@ -82,8 +82,7 @@ def run_script(main: Callable[..., int | None], *args: Any) -> int:
 
 
 def prepare_output() -> None:
-    """Make stdout and stderr usable whatever they are connected to, and ignore the user's
-    matplotlib backend."""
+    """Make stdout and stderr usable whatever they are connected to."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # show each line at once, in a file too
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     for name in ("stdout", "stderr"):

@@ -17,17 +17,6 @@ PER_CLASS = {
     "val": 20,
     "test": 40,
 }
-TISSUES = (  # in the order of PathMNIST's labels
-    "adipose",
-    "background",
-    "debris",
-    "lymphocytes",
-    "mucus",
-    "smooth muscle",
-    "normal colon mucosa",
-    "cancer-associated stroma",
-    "colorectal adenocarcinoma epithelium",
-)
 # Optical densities in red, green and blue of haematoxylin and of eosin, from Ruifrok & Johnston,
 # Anal Quant Cytol Histol 23 (2001) 291-299.
 DENSITIES = np.array(
@@ -75,58 +64,59 @@ def inside(depth: np.ndarray) -> np.ndarray:
     return np.clip(depth + 0.5, 0, 1)
 
 
-def draw_stains(tissue: str, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
-    """Return the amounts of haematoxylin and of eosin, each (28, 28), from 0 (none) to about 1."""
-    match tissue:
-        case "adipose":
+def draw_stains(label: int, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """Return the amounts of haematoxylin and of eosin, each (28, 28), from 0 (none) to about 1. The
+    labels are PathMNIST's."""
+    match label:
+        case 0:  # adipose
             # Large empty fat cells. Their walls are where two points are about equally near.
             nearest, second, *_ = tile.distances(10)
             walls = inside(1 + nearest - second)
             return 0.3 * walls, 0.1 + 0.5 * walls
-        case "background":
+        case 1:  # background
             # Bare glass with a faint, slowly varying tint.
             tint = 0.12 + 0.02 * tile.noise(6)
             return tint, tint
-        case "debris":
+        case 2:  # debris
             # Dead tissue: grains without any order.
             grains = tile.noise(1)
             return 0.3 - 0.1 * grains, 0.5 + 0.15 * grains
-        case "lymphocytes":
+        case 3:  # lymphocytes
             # Small, dark, round nuclei that lie close together.
             nuclei = inside(1.6 - tile.distances(3.6)[0])
             return 0.2 + 0.8 * nuclei, 0.3 - 0.1 * nuclei
-        case "mucus":
+        case 4:  # mucus
             # Pale, bluish wisps.
             wisps = tile.noise(6, 1.8)
             return 0.22 + 0.06 * wisps, 0.15 + 0.04 * wisps
-        case "smooth muscle":
+        case 5:  # smooth muscle
             # Straight parallel fibres with long nuclei between them.
             fibres = tile.noise(15, 1.5)
             nuclei = inside(1 - tile.distances(16, 7)[0])
             return 0.15 + 0.6 * nuclei, 0.6 + 0.1 * fibres
-        case "normal colon mucosa":
+        case 6:  # normal colon mucosa
             # Round glands, which are rings of nuclei around a pale centre.
             nearest = tile.distances(11)[0]
             centres = inside(3.5 - nearest)
             rings = inside(5.5 - nearest) - centres
             return 0.2 + 0.6 * rings, 0.5 - 0.3 * centres
-        case "cancer-associated stroma":
+        case 7:  # cancer-associated stroma
             # Loose fibres with gaps between them, and short nuclei.
             gaps = inside(tile.noise(6, 2) - 1.2)
             nuclei = inside(1.2 - tile.distances(14, 7)[0])
             return 0.15 + 0.6 * nuclei, 0.6 - 0.4 * gaps
-        case "colorectal adenocarcinoma epithelium":
+        case 8:  # colorectal adenocarcinoma epithelium
             # Large, crowded nuclei of irregular shape.
             nuclei = inside(3 * tile.noise(1.6))
             return 0.2 + 0.6 * nuclei, 0.4 + 0.1 * nuclei
 
 
-def draw_tile(tissue: str, rng: np.random.Generator) -> np.ndarray:
+def draw_tile(label: int, rng: np.random.Generator) -> np.ndarray:
     """Return one tile, uint8 (28, 28, 3). Its colours follow from the Beer-Lambert law.
 
     The strength of both stains varies from tile to tile, so that colour alone does not reveal the
     tissue."""
-    stains = np.stack(draw_stains(tissue, Tile(rng)), axis=2)
+    stains = np.stack(draw_stains(label, Tile(rng)), axis=2)
     strengths = rng.uniform(0.5, 1.5, 2)
     light = 245 * np.exp(-strengths * stains @ DENSITIES)
     return np.clip(light, 0, 255).astype(np.uint8)
@@ -142,7 +132,7 @@ def main() -> None:
     arrays = {"synthetic": np.uint8(1)}
     for split, per_class in PER_CLASS.items():
         labels = np.arange(9 * per_class) % 9
-        images = [draw_tile(TISSUES[label], rng) for label in labels]
+        images = [draw_tile(label, rng) for label in labels]
         arrays[f"{split}_images"] = np.stack(images)
         arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
     np.savez_compressed(out, **arrays)

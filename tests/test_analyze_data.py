@@ -205,6 +205,12 @@ def test_the_whole_program(capfd, tmp_path, monkeypatch):
     for name in ("samples", "class_distribution"):
         assert f"new/figures/{name}.png" in out
         Image.open(f"new/figures/{name}.png").load()
+    photo = Path("new/figures/samples.png")  # the user's own, which must not be overwritten
+    Image.new("RGB", (9, 9)).save(photo)
+    before = photo.read_bytes()
+    status, _, err = in_process(main, capfd, "--data", path, "--out", "new/figures")
+    assert status == 2 and "samples.png: exists" in err
+    assert photo.read_bytes() == before
     out += in_process(main, capfd, "--help")[1]
     assert max(map(len, out.splitlines())) <= 80
     status, _, err = in_process(main, capfd, "--data", save(path), "--out", path)
