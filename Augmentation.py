@@ -1,13 +1,16 @@
 """Augmentation: a random view of every image, computed for the whole batch at once.
 
-    images, targets = augment(images, targets, generator, config)
+    images = augment(images, generator, config)
 
 The functions take tensors and a random generator and return tensors. `augment` turns uint8 images
-(N, S, S, 3) into float images (N, 3, S, S) in about [0, 1]; changes of colour can lead slightly out
-of that range.
+(N, S, S, 3) into float images (N, 3, S, S) in about [0, 1]; most changes can lead slightly out of
+that range.
 """
 
+import io
+
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from Runs import Config
@@ -18,12 +21,11 @@ HED = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570,
 TO_HED = torch.linalg.inv(HED)
 
 
-def augment(
-    images: Tensor, targets: Tensor, generator: Generator, config: Config
-) -> tuple[Tensor, Tensor]:
-    """Draw a random view of every image, and mix it with another by CutMix. `images` uint8 (N, S,
-    S, 3), `targets` float (N, classes). The generator, on the images' device, is the only source of
-    randomness. `config` says how strong each augmentation is; 0 is off."""
+def augment(images: Tensor, generator: Generator, config: Config) -> Tensor:
+    """Draw a random view of every image, change its colours as another laboratory would, and then
+    its quality as another camera would. `images` are uint8 (N, S, S, 3). The generator, on the
+    images' device, is the only source of randomness. `config` says how strong each augmentation is;
+    0 is off."""
     if config.flips:
         images = random_view(images, generator)
     images = to_float(images)
@@ -31,9 +33,7 @@ def augment(
         images = stain_jitter(images, generator, config.stain)
     if config.color:
         images = gain_and_offset(images, generator, config.color)
-    if config.cutmix:
-        images, targets = cutmix(images, targets, generator, config.cutmix)
-    return images, targets
+    return change_quality(images, generator, config)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -108,26 +108,49 @@ def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tenso
     return images * gain + on * uniform(generator, -width, width, n, 3, 1, 1)
 
 
-def cutmix(
-    images: Tensor, targets: Tensor, generator: Generator, share: float
-) -> tuple[Tensor, Tensor]:
-    """In a random share of the batches, paste a rectangle of another image into every image. The
-    targets of both images are mixed in proportion to area. As in Yun et al. 2019 (arXiv
-    1905.04899), a batch is either mixed or not, and all its images use the same rectangle. Each
-    side of the rectangle is uniform between a seventh and two thirds of the image's side. The
-    patches come from the same batch in reversed order. Images are float (N, 3, S, S), targets (N,
-    classes)."""
-    size = images.shape[-1]
-    pixels = torch.arange(size, device=images.device)
+def change_quality(images: Tensor, generator: Generator, config: Config) -> Tensor:
+    """Change the sharpness of a share of the images, add noise to another share, and compress a
+    third; the rest stay as they are. No image gets two of these, because together they remove too
+    much of the tissue. Each batch is in random order, so the shares are taken from its start."""
+    n = len(images)
+    counts = [round(n * share) for share in (config.sharpness, config.noise, config.jpeg)]
+    counts.append(n - sum(counts))
+    unsharp, noisy, compressed, unchanged = images.split(counts)
+    unsharp = change_sharpness(unsharp, generator)
+    noisy = add_noise(noisy, generator)
+    compressed = compress(compressed, generator)
+    return torch.cat([unsharp, noisy, compressed, unchanged])
 
-    def inside() -> Tensor:
-        side = uniform(generator, size / 7, size * 2 / 3, 1).round()
-        start = (uniform(generator, 0, 1, 1) * (size - side + 1)).floor()
-        return (pixels >= start) & (pixels < start + side)
 
-    rows, columns = inside(), inside()
-    is_on = uniform(generator, 0, 1, 1) < share
-    patch = rows[:, None] & columns & is_on  # all False if this batch is not mixed
-    area = patch.float().mean()
-    images = torch.where(patch, images.flip(0), images)
-    return images, (1 - area) * targets + area * targets.flip(0)
+def change_sharpness(images: Tensor, generator: Generator) -> Tensor:
+    """Blur every image or sharpen it (unsharp masking), by a random amount: image + amount * (image
+    - blurred image). The amount is uniform between -1, which gives the blurred image, and 1; the
+    blur is Gaussian, with a standard deviation of 1 px. Focus, scanner and resizing all change the
+    sharpness. Images are float (N, 3, S, S)."""
+    from torchvision.transforms.v2 import functional  # here, because this import takes two seconds
+
+    blurred = functional.gaussian_blur(images, [5, 5], [1.0, 1.0])
+    return images + uniform(generator, -1, 1, len(images), 1, 1, 1) * (images - blurred)
+
+
+def add_noise(images: Tensor, generator: Generator, max_std: float = 0.02) -> Tensor:
+    """Add Gaussian noise to float images (N, 3, S, S). The standard deviation is `max_std` times
+    the square of a number that is uniform in [0, 1), so most images get little."""
+    n, _, size, _ = images.shape
+    noise = torch.randn(n, size, size, 3, generator=generator, device=images.device)
+    std = max_std * uniform(generator, 0, 1, n, 1, 1, 1).square()
+    return images + std * noise.permute(0, 3, 1, 2)
+
+
+def compress(images: Tensor, generator: Generator) -> Tensor:
+    """Save every image as JPEG with a random quality from 50 to 95, and read it again. JPEG blurs
+    colours far more than brightness. Takes and returns float images (N, 3, S, S), but the values
+    become whole grey levels in [0, 1]."""
+    device = images.device
+    qualities = torch.randint(50, 96, (len(images),), generator=generator, device=device)
+    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for index, quality in enumerate(qualities.tolist()):
+        file = io.BytesIO()
+        Image.fromarray(pixels[index]).save(file, "JPEG", quality=quality)
+        pixels[index] = Image.open(file)
+    return to_float(torch.from_numpy(pixels).to(device))

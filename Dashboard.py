@@ -86,7 +86,7 @@ class Log:
             warnings.filterwarnings("ignore", message="`torch.jit")  # add_graph still uses it
             self.run.add_graph(model.eval(), to_float(tiles[:1].to(model.temperature.device)))
         generator = torch.Generator().manual_seed(config.seed)
-        views, _ = augment(tiles, torch.zeros(len(tiles), 1), generator, config)
+        views = augment(tiles, generator, config)
         views = views.permute(0, 2, 3, 1)
         note = Figures.data_note(data.kind)
         figure = Figures.augmentation_figure(tiles.numpy(), views.numpy(), note)

@@ -210,9 +210,9 @@ def reliability_figure(
 def augmentation_figure(plain: ndarray, augmented: ndarray, note: str = "") -> Figure:
     """Draw images, uint8 (N, S, S, 3), beside their augmented versions, floats in about [0, 1]."""
     caption = (
-        "Each pair: left the image in the file, right the image after random augmentation. Patches "
-        "of another image come from CutMix: all images of a batch have the patch in the same "
-        "place, and not every batch has patches."
+        "Each pair: left the image in the file, right the image after random augmentation. Of "
+        "these eight, the first three change their sharpness, the next two get noise, and one is "
+        "compressed as JPEG. Training takes the images in random order."
     )
     return _tiles(3, _pairs(plain, augmented), [], "Augmentation", note, caption)
 

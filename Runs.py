@@ -52,7 +52,9 @@ class Config:
     flips: bool = True  # flips, quarter turns and shifts
     stain: float = 0.25  # half width of the stains' gain, see `stain_jitter`; 0: off
     color: float = 0.07  # half width of the gain and the offset per channel; 0: off
-    cutmix: float = 0.5  # share of the batches whose images get a patch of another image; 0: off
+    sharpness: float = 0.4  # share of the images that are blurred or sharpened
+    noise: float = 0.2  # share of the images that get noise
+    jpeg: float = 0.07  # share of the images that are compressed
 
 
 def config_from(values: dict) -> Config:

@@ -22,7 +22,7 @@ import Evaluation
 import Optimizer
 import Processor
 from Augmentation import augment, to_float
-from Common import CLASSES, UserError
+from Common import UserError
 from Dashboard import Log
 from MyModels import TissueModel, count_parameters
 from Runs import (
@@ -91,9 +91,8 @@ def train_one_epoch(
     threads: Processor.Threads,
 ) -> dict:
     """Train for one epoch; return its row of the history, without the validation metrics.
-    Cross-entropy and accuracy are means over the augmented images. An image with a CutMix patch
-    counts as correct if the model predicts the class of its larger part. The sums stay on the
-    device until the end, so that no step has to wait for the GPU."""
+    Cross-entropy and accuracy are means over the augmented images. The sums stay on the device
+    until the end, so that no step has to wait for them."""
     start = time.perf_counter()
     config = state.config
     generator = seed_epoch(loader, config, epoch)
@@ -105,9 +104,9 @@ def train_one_epoch(
         set_learning_rate(state.optimizers, lr)
         images = images.to(config.device, non_blocking=images.is_pinned())
         labels = labels.to(config.device, non_blocking=labels.is_pinned())
-        logits, targets = train_step(state, images, labels, generator)
-        loss_sum = F.cross_entropy(logits, targets, reduction="sum")  # without label smoothing
-        correct = (logits.argmax(1) == targets.argmax(1)).sum()
+        logits = train_step(state, images, labels, generator)
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")  # without label smoothing
+        correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         bar.update()
         threads.adapt()
@@ -125,22 +124,21 @@ def train_one_epoch(
 
 def train_step(
     state: "TrainingState", images: Tensor, labels: Tensor, generator: Generator
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Augment one batch, do the forward and backward pass, and update the weights. Takes uint8
-    images (N, S, S, 3) and int64 labels (N,) on the device; returns the logits, float32 and
-    detached, and the targets after CutMix, both (N, 9)."""
+    images (N, S, S, 3) and int64 labels (N,) on the device; returns the logits (N, 9), float32 and
+    detached."""
     config = state.config
-    targets = F.one_hot(labels, len(CLASSES)).float()
-    images, targets = augment(images, targets, generator, config)
+    images = augment(images, generator, config)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = state.model(images)
     logits = logits.float()
-    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     state.model.zero_grad()
     loss.backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    return logits.detach(), targets
+    return logits.detach()
 
 
 @torch.inference_mode()

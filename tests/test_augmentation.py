@@ -1,17 +1,19 @@
 """Tests of Augmentation.py: python -m pytest tests/test_augmentation.py"""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Generator
 
 import Augmentation
 from Augmentation import augment, random_view, to_float
 from Runs import Config
 
-OFF = Config(flips=False, stain=0.0, color=0.0, cutmix=0.0)
+OFF = Config(flips=False, stain=0.0, color=0.0, sharpness=0.0, noise=0.0, jpeg=0.0)
 # An image whose eight views all differ, as do its shifts.
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 
@@ -45,14 +47,13 @@ def test_random_view_draws_each_flip_turn_and_shift_of_each_image():
         assert 420 < count < 580
 
 
-@pytest.mark.parametrize("on", [{"flips": True}, {"stain": 0.1}, {"color": 0.1}], ids=str)
-def test_augmentation_differs_per_image_and_follows_the_generator(on):
+@pytest.mark.parametrize("name", ["flips", "stain", "color", "sharpness", "noise", "jpeg"])
+def test_augmentation_differs_per_image_and_follows_the_generator(name):
     def views(seed):
-        images, targets = augment(batch_of(32), torch.eye(32), seeded(seed), replace(OFF, **on))
-        assert torch.equal(targets, torch.eye(32))
-        return images
+        on = {name: 0.1 if name in ("stain", "color") else 1}
+        return augment(batch_of(32), seeded(seed), replace(OFF, **on))
 
-    assert len({view.numpy().tobytes() for view in views(1)}) > 24
+    assert len({view.numpy().tobytes() for view in views(1)}) > 20
     assert torch.equal(views(1), views(1))
     assert not torch.equal(views(1), views(2))
 
@@ -92,23 +93,57 @@ def test_gain_and_offset_are_drawn_per_image_and_channel_on_nine_of_ten():
         assert drawn.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15  # each by itself
 
 
-def test_cutmix_mixes_targets_by_the_area_that_was_pasted():
-    n, size = 6, 28
-    values = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
-    images = values.expand(n, size, size, 3)  # image i has the value i everywhere
-    generator = seeded(0)
-    areas = []
-    for _ in range(300):
-        mixed, targets = augment(images, torch.eye(n), generator, replace(OFF, cutmix=0.5))
-        mixed = (mixed[:, 0] * 255).round()
-        pasted = mixed == values.flip(0)[..., 0]
-        assert (pasted | (mixed == values[..., 0])).all()
-        area = pasted.float().mean()
-        assert torch.equal(pasted, pasted[:1].expand_as(pasted))  # one rectangle for the batch
-        assert torch.allclose(targets.diagonal(), 1 - area)
-        assert torch.allclose(targets.fliplr().diagonal(), area)
-        areas.append(area.item())
-    areas = np.array(areas)
-    assert np.mean(areas > 0) == pytest.approx(0.5, abs=0.1)
-    assert areas.max() <= (19 / size) ** 2
-    assert areas[areas > 0].min() >= (4 / size) ** 2
+def test_every_image_of_a_batch_gets_at_most_one_change_of_its_quality():
+    config = replace(OFF, sharpness=0.5, noise=0.25, jpeg=0.125)
+    images = augment(batch_of(16), seeded(0), config)
+    plain = to_float(batch_of(16))
+    is_changed = (images != plain).flatten(1).any(1)
+    assert is_changed.tolist() == [True] * 14 + [False] * 2
+    in_grey_levels = images[12:14] * 255  # JPEG leaves whole numbers, sharpness and noise do not
+    assert torch.allclose(in_grey_levels, in_grey_levels.round(), atol=1e-4)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    one = augment(batch_of(1), seeded(0), replace(OFF, jpeg=0.07))  # its share rounds to none
+    assert torch.equal(one, to_float(batch_of(1)))
+
+
+def test_sharpness_moves_along_the_line_from_the_blurred_image_to_a_sharpened_one():
+    images = to_float(batch_of(500))
+    weights = torch.exp(-(torch.arange(-2.0, 3) ** 2) / 2)
+    weights = weights / weights.sum()
+    kernel = torch.outer(weights, weights).expand(3, 1, 5, 5)
+    padded = torch.nn.functional.pad(images[:1], (2, 2, 2, 2), mode="reflect")
+    detail = images[0] - torch.nn.functional.conv2d(padded, kernel, groups=3)[0]
+    change = Augmentation.change_sharpness(images, seeded(0)) - images
+    amounts = (change * detail).sum((1, 2, 3)) / detail.square().sum()
+    assert torch.allclose(change, amounts.view(-1, 1, 1, 1) * detail, atol=1e-5)
+    assert -1 <= amounts.min() < -0.97
+    assert 0.97 < amounts.max() <= 1
+    assert amounts.std() == pytest.approx(2 / np.sqrt(12), rel=0.1)
+
+
+def test_noise_is_gaussian_and_mostly_weak():
+    images = torch.full((2000, 3, 12, 12), 0.5)
+    noise = Augmentation.add_noise(images, seeded(0), 0.1) - images
+    assert noise.mean() == pytest.approx(0, abs=1e-3)
+    stds = noise.std((1, 2, 3)) / 0.1
+    assert stds.max() < 1.15  # 1, and what 432 numbers let it differ
+    assert stds.mean() == pytest.approx(1 / 3, abs=0.03)  # of the square of a uniform number
+    standardised = noise / noise.std((1, 2, 3), keepdim=True)
+    assert (standardised.abs() < 1).float().mean() == pytest.approx(0.683, abs=0.01)
+
+
+def test_compression_is_that_of_jpeg():
+    tile = np.asarray(Image.fromarray(IMAGE).resize((28, 28), Image.Resampling.BICUBIC))
+    images = to_float(torch.from_numpy(np.stack([tile] * 200)))
+    compressed = Augmentation.compress(images, seeded(0)).mul(255).round().byte()
+    possible = {}
+    for quality in range(50, 96):
+        file = io.BytesIO()
+        Image.fromarray(tile).save(file, "JPEG", quality=quality)
+        possible[quality] = np.asarray(Image.open(file)).astype(int)
+    nearest = []
+    for image in compressed.permute(0, 2, 3, 1).numpy():
+        errors = {q: np.abs(image - other).mean() for q, other in possible.items()}
+        nearest.append(min(errors, key=errors.get))
+        assert errors[nearest[-1]] == 0
+    assert len(set(nearest)) > 30

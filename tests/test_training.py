@@ -133,7 +133,8 @@ def test_resume_equals_never_having_stopped(data, finished, tmp_path, monkeypatc
 def test_training_loss_and_accuracy_are_means_over_images(data, tmp_path):
     # With a learning rate of (almost) 0 and one epoch, the weights are the initial ones; 72 images
     # in batches of 16 leave a last batch of 8, which a mean of means would weight twice.
-    plain = {"flips": False, "stain": 0.0, "color": 0.0, "cutmix": 0.0}
+    plain = {"flips": False, "stain": 0.0, "color": 0.0}
+    plain |= {"sharpness": 0.0, "noise": 0.0, "jpeg": 0.0}
     config = replace(CONFIG, epochs=1, lr=1e-12, weight_decay=0.0, **plain)
     (row,) = fit(data, tmp_path, config).history
     torch.manual_seed(config.seed)

@@ -207,7 +207,10 @@ def rows() -> dict[str, tuple[Callable[[PathData, int, Path], dict], int]]:
         ),
         "without colour augmentation": (partial(train_ours, color=0.0, stain=0.0), 2),
         "without flips, turns and shifts": (partial(train_ours, flips=False), 2),
-        "without CutMix": (partial(train_ours, cutmix=0.0), 2),
+        "without sharpness, noise and compression": (
+            partial(train_ours, sharpness=0.0, noise=0.0, jpeg=0.0),
+            2,
+        ),
         "without skip connections": (partial(train_ours, skip=False), 2),
         **{f"{n:,} training images": (partial(train_subset, count=n), 2) for n in IMAGES},
         **{f"epochs: {n}": (partial(train_ours, epochs=n), 2) for n in EPOCHS},
