@@ -1,6 +1,8 @@
 """What all files share: class names, errors that become one line, folders and files, tables."""
 
+import csv
 import errno
+import io
 import json
 import os
 import re
@@ -63,6 +65,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_foreign(table: Path, header: list, others: list) -> None:
+    """UserError if a result file exists already and this program did not write it: the CSV file
+    `table`, which then starts with another header, or one of the `others`, which come with it."""
+    is_ours = table.exists() and table.read_bytes().startswith(",".join(header).encode())
+    for path in (table, *others):
+        if path.exists() and not is_ours:
+            raise UserError(f"{path}: not written by this program; choose another --out")
+
+
 def flush_to_disk(descriptor: int) -> None:
     """Wait until the file's content is on the disk, if the file system supports that."""
     try:
@@ -87,6 +98,13 @@ def plain_table(rows: list) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def write_csv(rows: list, path: Path) -> None:
+    """Write rows as CSV. Bytes of a file's name that are not UTF-8 are written as escapes."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy import ndarray
 from PIL import Image
 
@@ -26,6 +28,18 @@ from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC, UserError
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
+# For maps: background is white, the other classes have the eight colours of the same palette.
+MAP_COLOURS = (
+    "#F0E442",
+    "#FFFFFF",
+    "#000000",
+    BLUE,
+    "#56B4E9",
+    "#CC79A7",
+    GREEN,
+    ORANGE,
+    VERMILION,
+)
 SPLIT_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN}
 DPI = 150
 WIDTH = 7.0  # inches; 12-point text stays legible if a phone shows the figure 2.5 inches wide
@@ -262,6 +276,51 @@ def predictions_figure(
         title = f"{index:04d}\n{SHORT_NAMES[guess]} {probs[index, guess]:.0%}"
         titles.append((title, GREY))
     return _tiles(columns, shown, titles, "Predictions", note, f"{caption}\n{CODES}")
+
+
+@house_style
+def map_figure(
+    slide: ndarray, width: float, probs: ndarray, step: float, legend: list, note: str = ""
+) -> Figure:
+    """Draw a slide, uint8 (h, w, 3), `width` millimetres wide, and its tissue map: the class of
+    each window in `probs` (rows, columns, 9), `step` millimetres apart. `legend` has a text for
+    each class."""
+    caption = (
+        "Each window has the colour of its class, paler the less probable the class is. "
+        "Percentage: share of the tissue. Colours: Okabe and Ito."
+    )
+    height = width * slide.shape[0] / slide.shape[1]
+    layout: list = [["slide", "map"], ["legend", "legend"]]
+    ratios = [WIDTH / 2 * height / width, 1.5]  # inches
+    if width > height:
+        layout = [["slide"], ["map"], ["legend"]]
+        ratios = [WIDTH * height / width, WIDTH * height / width, 1.5]
+    figure = _figure(sum(ratios) + 1.7, "Tissue map", note, caption)
+    panels = figure.subplot_mosaic(layout, height_ratios=ratios)
+    panels["slide"].imshow(slide, extent=(0, width, height, 0))
+    colours = np.array([to_rgb(colour) for colour in MAP_COLOURS])[probs.argmax(2)]
+    certainty = probs.max(2)[..., None]
+    # Half a window at the border has no centre of a window in it, so the map is a little smaller.
+    left = (width - step * probs.shape[1]) / 2
+    top = (height - step * probs.shape[0]) / 2
+    extent = (left, width - left, height - top, top)
+    panels["map"].imshow(certainty * colours + 1 - certainty, extent=extent)
+    panels["map"].set(xlim=(0, width), ylim=(height, 0))
+    _scale_bar(panels["map"], width, height)
+    patches = [Patch(facecolor=colour, edgecolor=GREY) for colour in MAP_COLOURS]
+    panels["legend"].legend(patches, legend, loc="upper left", ncols=2)
+    for axes in panels.values():
+        axes.axis("off")
+    return figure
+
+
+def _scale_bar(axes: Axes, width: float, height: float) -> None:
+    """Draw a bar of 1, 2 or 5 times a power of ten millimetres, about a fifth of the width."""
+    power = 10.0 ** np.floor(np.log10(width / 4))
+    length = max(n * power for n in (1, 2, 5) if n * power <= width / 4)
+    y = 1.03 * height
+    axes.plot([0, length], [y, y], color="black", linewidth=3, clip_on=False)
+    axes.text(0, y, f"{length:g} mm", va="top", fontsize=10)
 
 
 @house_style

@@ -2,11 +2,15 @@
 
     python Predict.py tile.png folder/                  # with runs/best
     python Predict.py folder/ --run runs/NAME --explain # with Grad-CAM
+    python Predict.py slide.png --map --mpp 8           # a tissue map
 
 Any image that Pillow can read is converted to RGB and resized to the
 model's input size in the same way as PathMNIST's tiles were. Writes
 predictions.csv and predictions.png. The probabilities are averaged over the
 eight flips and quarter turns of a tile.
+
+With --map, a whole slide is cut into windows of a tile's size; writes
+NAME-map.png, NAME-map.csv (areas) and NAME-map.npz (probabilities).
 """
 
 import os
@@ -16,11 +20,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until `run_script`
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
-import csv
-import io
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from tqdm import tqdm
 import Figures
 import Processor
 import Runs
+import Slide
 import Training
 from Common import (
     CLASS_NAMES,
@@ -40,9 +42,11 @@ from Common import (
     UserError,
     make_folder,
     plain_table,
-    write_atomically,
+    refuse_foreign,
+    write_csv,
 )
 from Evaluation import grad_cam
+from Images import open_image, to_rgb
 from MyModels import TissueModel
 from Script import Parser, as_path, run_script
 
@@ -63,6 +67,10 @@ def main(argv: list | None = None) -> None:
     identity = loaded[0][1]["identity"]
     if identity["kind"] == "synthetic":
         print(f"The model knows only {SYNTHETIC}: its answers mean nothing", file=sys.stderr)
+    if args.map:
+        make_folder(args.out, "--out")
+        Slide.draw_map(args.paths[0], args.mpp, models, identity, args.out)
+        return
     files = find_tiles(args.paths, args.out)
     prepare_out(args.out, files)
     good, tiles = read_tiles(files, identity["size"])
@@ -124,19 +132,17 @@ def prepare_out(out: Path, files: list) -> None:
         raise UserError(f"--out {out}: one of the images lies there; choose another folder")
     make_folder(out, "--out")
     tempfile.TemporaryFile(dir=out).close()
-    table, picture = out / "predictions.csv", out / "predictions.png"
-    is_ours = table.exists() and table.read_bytes().startswith(",".join(HEADER).encode())
-    for path in (table, picture):
-        if path.exists() and not is_ours:
-            raise UserError(f"{path}: not written by this program; choose another --out")
+    refuse_foreign(out / "predictions.csv", HEADER, [out / "predictions.png"])
 
 
 def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
     """Return the readable files and their tiles, uint8 (N, S, S, 3); name the others on stderr."""
-    good, tiles = [], []
+    good, tiles, slides = [], [], []
     for path in tqdm(files, desc="read", unit="tile", disable=None):
         try:
-            tiles.append(read_tile(path, size))
+            with open_image(path) as image:
+                tiles.append(to_tile(image, size))
+                slides += [path] if looks_like_slide(image) else []
             good.append(path)
         except Exception as error:  # whatever a decoder raises, go on with the other files
             reason = " ".join(str(error).split())[:100]
@@ -144,29 +150,22 @@ def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
     if not good:
         what = f"{files[0]}: not a readable image, and neither is any other file"
         raise UserError(f"{what}; check the paths")
+    if slides:
+        what = f"{slides[0]}: looks like a slide, not a tile"
+        more = f" (and {len(slides) - 1} more)" if len(slides) > 1 else ""
+        print(f"{what}{more}; --map --mpp N draws a tissue map of it", file=sys.stderr)
     return good, np.stack(tiles)
 
 
-def read_tile(path: Path, size: int) -> ndarray:
-    """Read any image and return it as uint8 (S, S, 3), converted to RGB and resized bilinearly, as
-    PathMNIST's tiles were. Transparent pixels become white, like an empty slide. Raises an
-    exception, mostly Pillow's, if the file is not an image, is too large, or has pixels of more
-    than 8 bits."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait forever
-        raise ValueError("not a regular file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            pages = getattr(file, "n_frames", 1)
-            if pages > 1:
-                raise ValueError(f"has {pages} pages or frames; save each tile as its own file")
-            if file.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel; convert it to 8 bits")
-            image: Image.Image = file
-            if file.has_transparency_data:
-                image = file.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+def to_tile(image: Image.Image, size: int) -> ndarray:
+    """Return an image as uint8 (S, S, 3), resized bilinearly, as PathMNIST's tiles were."""
+    return np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def looks_like_slide(image: Image.Image) -> bool:
+    """Return whether an image is too large or too long for a tile."""
+    short, long = sorted(image.size)
+    return long > 1024 or long > 1.5 * short
 
 
 def classify(models: list, tiles: ndarray) -> ndarray:
@@ -181,18 +180,16 @@ def classify(models: list, tiles: ndarray) -> ndarray:
 
 def write_predictions(files: list, probs: ndarray, path: Path) -> None:
     """Write every tile's class and probabilities as CSV; print the first fifty."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(HEADER)
+    table: list = [HEADER]
     rows = [["file", "class", "prob.", "second"]]
     for file, p in zip(files, probs, strict=True):
         second, first = np.argsort(p)[-2:]
-        table.writerow([file, SHORT_NAMES[first], *p.tolist()])
+        table.append([file, SHORT_NAMES[first], *p.tolist()])
         runner_up = f"{SHORT_NAMES[second]} {p[second]:.2f}"
         rows.append([file.name[-24:], CLASS_NAMES[first], f"{p[first]:.3f}", runner_up])
     if path.exists():
         print(f"{path.parent}: the results of an earlier run are replaced")
-    write_atomically(path, buffer.getvalue().encode(errors="backslashreplace"))
+    write_csv(table, path)
     print(plain_table(rows[:51]))
     if len(files) > 50:
         print(f"... and {len(files) - 50} more")
@@ -232,8 +229,20 @@ def parse_args(argv: list | None):
     add("--out", type=as_path, default="predictions", metavar="DIR", help=out)
     grad_cam_help = "save each tile beside its Grad-CAM (for an ensemble: of its first model)"
     add("--explain", action="store_true", help=grad_cam_help)
+    add("--map", action="store_true", help="PATH is one slide: draw a tissue map of it")
+    mpp = "with --map: the slide's micrometres per pixel (default: what the file says)"
+    add("--mpp", type=float, metavar="N", help=mpp)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.map and (len(args.paths) > 1 or args.paths[0].is_dir()):
+        parser.error("--map: needs one slide; give the path of one image")
+    if args.map and args.explain:
+        parser.error("--explain: not with --map")
+    if args.mpp is not None and not args.map:
+        parser.error("--mpp: only with --map")
+    if args.mpp is not None and not 0.01 <= args.mpp <= 1000:
+        parser.error(f"--mpp: {args.mpp:g} is not between 0.01 and 1000")
+    return args
 
 
 if __name__ == "__main__":

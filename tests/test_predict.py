@@ -19,6 +19,7 @@ import Figures
 import Predict
 import Training
 from Common import CLASS_NAMES, SHORT_NAMES, UserError
+from Images import open_image
 from Runs import load_model
 
 TILES = make_arrays({"test": 1})["test_images"]
@@ -73,14 +74,14 @@ def test_images_are_read_as_pillow_shows_and_resizes_them(mode, tmp_path):
         image = Image.fromarray(TILE).resize(size).convert(mode)
         image.save(tmp_path / "tile.tif")
         expected = image.convert("RGB").resize((28, 28), Image.Resampling.BILINEAR)
-        tile = Predict.read_tile(tmp_path / "tile.tif", 28)
+        tile = Predict.to_tile(open_image(tmp_path / "tile.tif"), 28)
         np.testing.assert_array_equal(tile, expected)
 
 
 def test_transparent_pixels_are_white(tmp_path):
     array = np.dstack([TILE, np.full((28, 28), 255, np.uint8)])
     array[:10, :, 3] = 0
-    tile = Predict.read_tile(save(tmp_path / "tile.png", array), 28)
+    tile = Predict.to_tile(open_image(save(tmp_path / "tile.png", array)), 28)
     assert (tile[:10] == 255).all()
     np.testing.assert_array_equal(tile[10:], TILE[10:])
 

@@ -1,0 +1,137 @@
+"""Tests of the tissue map of a slide: python -m pytest tests/test_slide.py"""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_arrays, only_line
+from PIL import Image
+
+import Slide
+import Training
+from Common import CLASS_NAMES, SHORT_NAMES
+from Runs import load_model
+
+# Five by nine tiles whose pixels are 4 micrometres.
+TILES = make_arrays({"test": 5})["test_images"].reshape(9, 5, 28, 28, 3).swapaxes(0, 1)
+MOSAIC = TILES.swapaxes(1, 2).reshape(5 * 28, 9 * 28, 3)
+
+
+def save(path: Path, array: np.ndarray = MOSAIC, **options: object) -> Path:
+    """Save an array as an image."""
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def read_map(folder: Path, name: str) -> tuple[np.ndarray, dict, list]:
+    """Return the probabilities, all arrays, and the rows of the table of a map."""
+    arrays = dict(np.load(folder / f"{name}-map.npz"))
+    with open(folder / f"{name}-map.csv", encoding="utf-8", newline="") as file:
+        return arrays["probabilities"], arrays, list(csv.DictReader(file))
+
+
+def test_a_mosaic_of_tiles_gets_the_tiles_probabilities(predict_cli, run_dir, tmp_path):
+    slide = save(tmp_path / "mosaic.png")
+    status, out, err = predict_cli(slide, "--map", "--mpp", 4, "--run", run_dir, "--out", tmp_path)
+    assert (status, err) == (0, "")
+    assert "colorectal adenocarcinoma epithelium" in out
+    probs, arrays, rows = read_map(tmp_path, "mosaic")
+    assert probs.shape == (9, 17, 9)  # windows are half a tile apart
+    model, _ = load_model(run_dir, "cpu")
+    tiles = torch.from_numpy(TILES.reshape(-1, 28, 28, 3))
+    expected, _ = Training.predict(model, [(tiles, torch.zeros(len(tiles)))])
+    np.testing.assert_allclose(probs[::2, ::2].reshape(-1, 9), expected, atol=1e-5)
+    assert arrays["classes"].tolist() == list(SHORT_NAMES)
+    assert arrays["x_mm"][::2] == pytest.approx(0.056 + 0.112 * np.arange(9))
+    assert arrays["y_mm"][::2] == pytest.approx(0.056 + 0.112 * np.arange(5))
+    assert [row["class"] for row in rows] == list(CLASS_NAMES)
+    areas = [float(row["area in mm2"]) for row in rows]
+    # Half a window at the border is not the middle of any window.
+    assert sum(areas) == pytest.approx((9 * 0.112 - 0.056) * (5 * 0.112 - 0.056), abs=1e-3)
+    shares = [float(row["share of tissue"]) for row in rows if row["share of tissue"]]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert Image.open(tmp_path / "mosaic-map.png").width == 1050
+
+
+def test_the_scale_decides_and_may_come_from_the_file(predict_cli, run_dir, tmp_path):
+    argv = ["--map", "--run", run_dir, "--out", tmp_path]
+    slide = save(tmp_path / "a.png")
+    assert predict_cli(slide, "--mpp", 4, *argv)[0] == 0
+    # The same slide with twice as many pixels, each half as long; 12,700 dpi are 2 micrometres.
+    double = MOSAIC.repeat(2, axis=0).repeat(2, axis=1)
+    slide = save(tmp_path / "b.tif", double, dpi=(12700, 12700))
+    status, out, _ = predict_cli(slide, *argv)
+    assert status == 0
+    assert "2 micrometres per pixel, as the file says" in out
+    first, second = (read_map(tmp_path, name)[0] for name in "ab")
+    assert first.shape == second.shape
+    assert (first.argmax(2) == second.argmax(2)).mean() > 0.8  # resizing smooths a little
+
+
+def test_empty_glass_is_background_and_several_models_are_an_ensemble(run_dir):
+    model, _ = load_model(run_dir, "cpu")
+    other, _ = load_model(run_dir, "cpu")
+    with torch.no_grad():
+        other.head[3].weight.neg_()
+    slide = np.full((28, 56, 3), 240, np.uint8)
+    slide[:, 28:] = TILES[0, 0]
+    image = Image.fromarray(slide)
+    alone, opposite, both = (
+        Slide.classify_windows(image, 4, models, 28)
+        for models in ([model], [other], [model, other])
+    )
+    np.testing.assert_array_equal(alone[0, 0], np.eye(9)[Slide.BACKGROUND])
+    np.testing.assert_allclose(both, (alone + opposite) / 2, atol=1e-6)
+    assert not np.allclose(alone, opposite)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_a_band_is_resized_as_a_tile_would_be(mode):
+    image = Image.fromarray(MOSAIC).convert(mode)
+    band = Slide.read_band(image, 7, 28, 126, 2.0)
+    part = image.crop((0, 14, 252, 70)).convert("RGB")
+    expected = part.resize((126, 28), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(band, expected)
+
+
+def test_bad_slides_are_refused_in_one_line(predict_cli, run_dir, tmp_path, monkeypatch):
+    slide = save(tmp_path / "slide.png")
+    screen = save(tmp_path / "screen.png", dpi=(96, 96))
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    mine = tmp_path / "mine" / "slide-map.csv"
+    mine.parent.mkdir()
+    mine.write_text("my own file")
+    for path, argv, said in (
+        (slide, ["--map"], "give it with --mpp"),
+        (screen, ["--map"], "give it with --mpp"),
+        (slide, ["--map", "--mpp", "0"], "--mpp: 0 is not between"),
+        (slide, ["--map", "--mpp", "0.1"], "less than a tile of 112"),
+        (slide, ["--mpp", "4"], "--mpp: only with --map"),
+        (slide, ["--map", "--mpp", "4", "--explain"], "--explain: not with --map"),
+        (tmp_path, ["--map", "--mpp", "4"], "needs one slide"),
+        (text, ["--map", "--mpp", "4"], "cannot be read as a slide (cannot identify"),
+        (tmp_path / "none.png", ["--map", "--mpp", "4"], "No such file"),
+        (slide, ["--map", "--mpp", "4", "--out", mine.parent], "choose another --out"),
+    ):
+        status, _, err = predict_cli(path, "--run", run_dir, "--out", tmp_path / "out", *argv)
+        assert status == 2
+        assert said in only_line(err)
+    assert mine.read_text() == "my own file"
+    monkeypatch.setattr(Slide, "MAX_PIXELS", 1000)
+    status, _, err = predict_cli(slide, "--map", "--mpp", 4, "--run", run_dir, "--out", tmp_path)
+    assert status == 2
+    assert "at most 1,000 pixels" in only_line(err)
+
+
+def test_without_map_a_slide_is_named(predict_cli, run_dir, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    save(slides / "long.png")
+    shutil.copy(slides / "long.png", slides / "other.png")
+    status, _, err = predict_cli(slides, "--run", run_dir, "--out", tmp_path / "out")
+    assert status == 0
+    assert "long.png: looks like a slide, not a tile (and 1 more); --map" in err
