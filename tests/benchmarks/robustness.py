@@ -1,16 +1,18 @@
 """How accurate a run stays on tiles that are blurred, noisy, compressed, or otherwise changed.
 
     python tests/benchmarks/robustness.py --data data/pathmnist.npz
-    python tests/benchmarks/robustness.py --data data/pathmnist.npz --run runs/NAME --split test
+    python tests/benchmarks/robustness.py --data data/pathmnist.npz --split test --keep NAME
 
 Nine kinds of corruption at several severities, by Pillow and torchvision, are applied to uint8
 tiles, the same way each time. Prints a Markdown table: accuracy from one view by kind and severity,
 the mean of the nine kinds, and the calibration error over the whole suite. Recipes are chosen on
-val, the default split.
+val, the default split. With --keep, the results go under that name into robustness.json, and
+robustness.png shows everything in that file.
 """
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,12 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import Evaluation  # noqa: E402
@@ -32,7 +36,8 @@ import Processor  # noqa: E402
 import Runs  # noqa: E402
 import Training  # noqa: E402
 from analyze_data import load_data  # noqa: E402
-from Common import markdown_table  # noqa: E402
+from Common import markdown_table, write_json  # noqa: E402
+from Figures import BLUE, GREY, ORANGE, WIDTH, house_style, save  # noqa: E402
 
 COUNT = 2_400  # images, so that the suite takes a minute
 
@@ -124,14 +129,17 @@ def probabilities(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
     return Training.predict(model, [(part, torch.zeros(len(part))) for part in parts])[0]
 
 
-def measure(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> dict:
-    """Return "clean" accuracy, "kinds" (accuracy by kind and severity), "mean" (of the kinds) and
-    "ece" (over all corrupted images)."""
-    clean = probabilities(model, images)
+def measure(predict: Callable, images: np.ndarray, labels: np.ndarray) -> dict:
+    """Corrupt COUNT of the images, drawn at random. `predict` turns uint8 images (N, S, S, 3) into
+    probabilities (N, 9). Returns "clean" accuracy, "kinds" (accuracy by kind and severity), "mean"
+    (of the kinds) and "ece" (over all corrupted images)."""
+    chosen = np.random.default_rng(0).permutation(len(images))[:COUNT]
+    images, labels = images[chosen], labels[chosen]
+    clean = predict(images)
     kinds: dict = {}
     everything = []
     for kind, severity, corrupt in tqdm(list(suite()), desc="corruptions", disable=None):
-        probs = probabilities(model, corrupt(images))
+        probs = predict(corrupt(images))
         everything.append(probs)
         accuracy = float((probs.argmax(1) == labels).mean())
         kinds.setdefault(kind, {})[severity] = accuracy
@@ -142,6 +150,24 @@ def measure(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> d
         "mean": float(np.mean([np.mean(list(each.values())) for each in kinds.values()])),
         "ece": Evaluation.expected_calibration_error(together, np.tile(labels, len(everything))),
     }
+
+
+@house_style
+def severity_figure(results: dict) -> Figure:
+    """Draw accuracy against severity, one panel for each kind, one line for each of the results."""
+    figure = Figure(figsize=(WIDTH, 7.5), layout="constrained")
+    panels = figure.subplots(3, 3, sharey=True).ravel()
+    for (name, found), colour in zip(results.items(), (ORANGE, BLUE, GREY), strict=False):
+        for axes, (kind, each) in zip(panels, found["kinds"].items(), strict=True):
+            label = f"{name}: mean {found['mean']:.3f}" if kind == "blur" else None
+            axes.plot(list(each), list(each.values()), color=colour, marker="o", label=label)
+            axes.axhline(found["clean"], color=colour, linestyle=":")
+            axes.set_title(kind)
+            axes.set_xticks(list(each), list(each), rotation=35, ha="right", fontsize=8)
+    panels[0].set(ylim=(0, 1))
+    figure.supylabel("accuracy (dotted: of the tiles as they are)", fontsize=11)
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
 
 
 def table(found: dict) -> str:
@@ -163,12 +189,20 @@ def main() -> None:
         "--run", type=Path, default=ROOT / "runs" / "best", help="default: runs/best"
     )
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
+    parser.add_argument("--keep", metavar="NAME", help="name of the results in robustness.json")
     args = parser.parse_args()
     Processor.prepare()
     data = load_data(args.data)
     model, _ = Runs.load_model(args.run, "cpu")
-    chosen = np.random.default_rng(0).permutation(data.counts[args.split])[:COUNT]
-    print(table(measure(model, data.images[args.split][chosen], data.labels[args.split][chosen])))
+    predict = partial(probabilities, model)
+    found = measure(predict, data.images[args.split], data.labels[args.split])
+    print(table(found))
+    if args.keep:
+        path = HERE / "robustness.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results[args.keep] = {"split": args.split, **found}
+        write_json(path, results)
+        save(severity_figure(results), HERE / "robustness.png")
 
 
 if __name__ == "__main__":
