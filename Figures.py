@@ -81,6 +81,11 @@ def pixels(figure: Figure) -> ndarray:
     return np.asarray(Image.open(buffer))
 
 
+def plain_name(name: str) -> str:
+    """Return a file's name with "?" for what Matplotlib may lack or take for a formula."""
+    return name.encode("ascii", "replace").decode().replace("$", "?")
+
+
 def data_note(kind: str) -> str:
     """Return the note that every figure of this kind of data must show ("" unless synthetic)."""
     return SYNTHETIC if kind == "synthetic" else ""
@@ -114,6 +119,7 @@ def learning_curves(history: list, best_epoch: int, kind: str = "") -> Figure:
     rates = [row["lr"] for row in history]
     panels["lr"].plot(epochs, rates, color=GREY, clip_on=False, linewidth=2, marker=marker)
     panels["lr"].set(title="learning rate", xlabel="epoch", ylim=(0, None))
+    panels["lr"].set_yticks([0, max(rates)], ["0", f"{max(rates):.2g}"])
     for axes in panels.values():
         axes.axvline(best_epoch, color="black", linestyle=":")
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
@@ -256,15 +262,14 @@ def gradcam_figure(
 
 @house_style
 def predictions_figure(
-    tiles: ndarray, probs: ndarray, heatmaps: ndarray | None, note: str = ""
+    tiles: ndarray, names: list, probs: ndarray, heatmaps: ndarray | None, note: str = ""
 ) -> Figure:
-    """Draw at most fifty new tiles, uint8 (N, S, S, 3), with class and probability, the least
+    """Draw at most fifty new tiles, uint8 (N, S, S, 3), with name, class and probability, the least
     certain first. If given, `heatmaps` (N, S, S) in [0, 1] are drawn beside the tiles."""
     order = np.argsort(probs.max(axis=1), kind="stable")[:50]
     caption = (
-        f"{len(order)} of {len(tiles)} tiles, the least certain first. Above each tile: its row in "
-        "predictions.csv (counted from 0, without the header), the predicted class and its "
-        "probability."
+        f"{len(order)} of {len(tiles)} tiles, the least certain first. Above each tile: the start "
+        "of its file's name, the predicted class and its probability."
     )
     columns, shown = 6, tiles[order] / 255
     if heatmaps is not None:
@@ -273,7 +278,7 @@ def predictions_figure(
     titles = []
     for index in order:
         guess = int(probs[index].argmax())
-        title = f"{index:04d}\n{SHORT_NAMES[guess]} {probs[index, guess]:.0%}"
+        title = f"{plain_name(names[index])[:10]}\n{SHORT_NAMES[guess]} {probs[index, guess]:.0%}"
         titles.append((title, GREY))
     return _tiles(columns, shown, titles, "Predictions", note, f"{caption}\n{CODES}")
 
@@ -320,7 +325,8 @@ def _scale_bar(axes: Axes, width: float, height: float) -> None:
     length = max(n * power for n in (1, 2, 5) if n * power <= width / 4)
     y = 1.03 * height
     axes.plot([0, length], [y, y], color="black", linewidth=3, clip_on=False)
-    axes.text(0, y, f"{length:g} mm", va="top", fontsize=10)
+    place: Any = {"xytext": (0, -5), "textcoords": "offset points", "va": "top"}
+    axes.annotate(f"{length:g} mm", (0, y), fontsize=10, **place)
 
 
 @house_style
@@ -333,7 +339,7 @@ def architecture_figure(table: list, name: str) -> Figure:
         stage = row[0].removeprefix("net.").split(".")[0]
         stages.setdefault(stage, []).append(row)
     total = sum(row[4] for row in table)
-    caption = "On the right: output shape (channels x height x width) and number of parameters."
+    caption = "In brackets: channels of the output."
     if any(".skip" in row[0] for row in table):
         caption += " Orange: skip connection, added before the stage's last ReLU."
     figure = _figure(1.7 + 0.75 * len(stages), f"{name}: {total:,} parameters", "", caption)
@@ -341,6 +347,7 @@ def architecture_figure(table: list, name: str) -> Figure:
     axes.set(xlim=(0, 10), ylim=(-len(stages), 1))
     axes.axis("off")
     axes.text(4, 0.8, "image", ha="center", va="bottom", fontsize=10)
+    axes.text(8.4, 0.8, "output shape,\nparameters", va="bottom", weight="bold", fontsize=10)
     axes.text(4, -len(stages) + 0.2, "logits", ha="center", va="top", fontsize=10)
     for index, (stage, rows) in enumerate(stages.items()):
         _draw_stage(axes, -index, stage, rows)
@@ -365,7 +372,7 @@ def _draw_stage(axes: Axes, y: int, stage: str, rows: list) -> None:
         start, end = y + 0.5, y - 0.12
         axes.plot([middle, corner, corner], [start, start, end], color=ORANGE, linewidth=1.5)
         _arrow(axes, (corner, end), (right, end), ORANGE)
-        axes.text(7, y + 0.2, skip, va="center", color=ORANGE, fontsize=9)
+        axes.text(7, y + 0.2, textwrap.fill(skip, 8), va="center", color=ORANGE, fontsize=9)
 
 
 def _arrow(axes: Axes, start: tuple, end: tuple, colour: str) -> None:
@@ -375,10 +382,12 @@ def _arrow(axes: Axes, start: tuple, end: tuple, colour: str) -> None:
 
 
 def _layer_names(rows: list) -> str:
-    """Return the layers' types and kernels (or units) as one text, or their number if 9 or more."""
+    """Return the layers' types, kernels and widths as one text, or their number if 9 or more."""
     names = []
     for _, kind, kernel, shape, _ in rows:
         size = shape if kind == "Linear" else kernel
+        if kind == "Conv2d":
+            size += f" ({shape.split()[0]})"
         if kind != "Flatten":
             names.append(f"{kind.replace('2d', '')} {size}".strip())
     return ", ".join(names) if len(names) < 9 else f"{len(names)} layers"

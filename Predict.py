@@ -79,7 +79,8 @@ def main(argv: list | None = None) -> None:
     note = Figures.data_note(identity["kind"])
     heatmaps = explain(models[0], tiles, probs) if args.explain else None
     picture = args.out / "predictions.png"
-    Figures.save(Figures.predictions_figure(tiles, probs, heatmaps, note), picture)
+    names = [path.stem for path in good]
+    Figures.save(Figures.predictions_figure(tiles, names, probs, heatmaps, note), picture)
     print(f"The least certain tiles: {picture}")
     if heatmaps is not None:
         save_heatmaps(good, tiles, heatmaps, probs, note, args.out / "gradcam")
@@ -213,7 +214,9 @@ def save_heatmaps(
     out.mkdir(exist_ok=True)
     for index, file in enumerate(tqdm(files, desc="draw", unit="tile", disable=None)):
         tile, heatmap, p = (array[index : index + 1] for array in (tiles, heatmaps, probs))
-        figure = Figures.gradcam_figure(tile, heatmap, [None], p, note)
+        figure = Figures.gradcam_figure(
+            tile, heatmap, [None], p, f"{Figures.plain_name(file.name)} {note}"
+        )
         Figures.save(figure, out / f"{index:04d}-{file.stem[:50]}.png")
     print(f"Each tile beside its Grad-CAM: {out}")
 

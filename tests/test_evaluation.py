@@ -182,7 +182,7 @@ FIGURES = {
     "augmentation": lambda note: Figures.augmentation_figure(TILES[:8], TILES[:8] / 200, note),
     "one Grad-CAM": lambda note: gradcam(TILES[:1], HEAT[:1], [None], NORMAL[:1], note),
     "Grad-CAM": lambda note: gradcam(TILES[:8], HEAT, [6] * 8, NORMAL, note),
-    "explained tiles": lambda note: predictions(TILES[:8], NORMAL, HEAT, note),
+    "explained tiles": lambda note: predictions(TILES[:8], ["W" * 20] * 8, NORMAL, HEAT, note),
 }
 DARK = {"text.usetex": True, "text.color": "white", "font.size": 20, "axes.facecolor": "black"}
 DARK |= {"savefig.dpi": 70, "savefig.bbox": "tight"}
@@ -244,10 +244,11 @@ def test_gradcam_figure_lays_the_heatmap_over_the_grey_tile():
 
 
 def test_predictions_figure_shows_the_least_certain_first():
-    figure = predictions(TILES[:60], PROBS, None)
+    figure = predictions(TILES[:60], [f"tile {index}" for index in range(60)], PROBS, None)
     order = np.argsort(PROBS.max(axis=1))[:50]
     for title, axes, index in zip(titles(figure), figure.axes[:50], order, strict=True):
-        assert title.endswith(f"{SHORT_NAMES[PROBS[index].argmax()]} {PROBS[index].max():.0%}")
+        answer = f"{SHORT_NAMES[PROBS[index].argmax()]} {PROBS[index].max():.0%}"
+        assert title == f"tile {index} {answer}"
         assert np.array_equal(axes.images[0].get_array(), TILES[index] / 255)
 
 
@@ -279,7 +280,9 @@ def test_examples_are_of_every_class_and_of_the_commonest_confusions():
 def test_architecture_shows_the_skip_connections():
     figure = Figures.architecture_figure(layer_table(SkipCNN(), 224), "SkipCNN")
     texts = check_legible(figure)
-    assert texts.count("Conv 1x1") == 3
+    assert [text for text in texts if text.startswith("Conv 1x1")] == [
+        f"Conv 1x1 ({width})" for width in (48, 96, 128)
+    ]
     assert texts.count("Conv 3x3, BatchNorm, ReLU, Conv 3x3, BatchNorm, ReLU") == 3
     assert "Linear 128, ReLU, Linear 9" in texts
 

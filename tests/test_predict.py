@@ -137,18 +137,6 @@ def test_the_terminal_shows_fifty_tiles_in_80_columns(predict_cli, tmp_path, cap
     assert max(map(len, lines)) <= 80
 
 
-def test_the_picture_shows_the_fifty_least_certain_tiles():
-    rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 256, (60, 28, 28, 3), dtype=np.uint8)
-    probs = rng.dirichlet(np.ones(9), 60)
-    figure = Figures.predictions_figure(tiles, probs, None)
-    order = np.argsort(probs.max(axis=1))[:50]
-    titles = [axes.get_title("left")[:4] for axes in figure.axes if axes.get_visible()]
-    assert titles == [f"{index:04d}" for index in order]
-    drawn = figure.axes[7].images[0].get_array()
-    np.testing.assert_allclose(drawn, tiles[order[7]] / 255)
-
-
 def test_what_is_not_an_image_is_named_skipped_and_counted(
     predict_cli, run_dir, tmp_path, monkeypatch
 ):
