@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 # Names: MedMNIST, medmnist/info.py. Codes: Kather et al. 2018, doi:10.5281/zenodo.1214456.
@@ -42,11 +43,13 @@ class Stopped(BaseException):
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Create the folder that a flag names, with its parents; UserError if that is not possible."""
+    """Create the folder that a flag names, with its parents; UserError if that is not possible, or
+    if no file can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        what = f"{flag} {path}: cannot create this folder ({error.strerror})"
+        what = f"{flag} {path}: cannot create this folder, or write to it ({error.strerror})"
         raise UserError(f"{what}; choose another") from error
 
 
@@ -68,9 +71,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def refuse_foreign(table: Path, header: list, others: list) -> None:
     """UserError if a result file exists already and this program did not write it: the CSV file
     `table`, which then starts with another header, or one of the `others`, which come with it."""
-    is_ours = table.exists() and table.read_bytes().startswith(",".join(header).encode())
+    first_line = ",".join(header).encode() + b"\n"
+    is_ours = table.is_file() and table.read_bytes().startswith(first_line)
     for path in (table, *others):
-        if path.exists() and not is_ours:
+        if path.exists() and not (is_ours and path.is_file()):
             raise UserError(f"{path}: not written by this program; choose another --out")
 
 

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from numpy import ndarray
 from PIL import Image
 
-from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC, UserError
+from Common import CLASS_NAMES, CLASSES, SHORT_NAMES, SYNTHETIC, UserError, write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
@@ -66,11 +66,18 @@ def house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, in the house style: some settings only take effect on saving.
-    UserError if there is a file of that name which Matplotlib did not write: it is the user's."""
+    UserError if there is a file of that name that is the user's."""
+    check_replaceable(path)
+    buffer = io.BytesIO()
+    with style.context(STYLE):
+        figure.savefig(buffer, dpi=DPI)
+    write_atomically(path, buffer.getvalue())
+
+
+def check_replaceable(path: Path) -> None:
+    """UserError if there is a file of that name which Matplotlib did not write."""
     if path.exists() and b"Matplotlib" not in path.read_bytes()[:1000]:
         raise UserError(f"{path}: exists, and is not a figure of this program; move it elsewhere")
-    with style.context(STYLE):
-        figure.savefig(path, dpi=DPI)
 
 
 def pixels(figure: Figure) -> ndarray:
@@ -296,7 +303,7 @@ def map_figure(
     )
     height = width * slide.shape[0] / slide.shape[1]
     layout: list = [["slide", "map"], ["legend", "legend"]]
-    ratios = [WIDTH / 2 * height / width, 1.5]  # inches
+    ratios = [min(12, WIDTH / 2 * height / width), 1.5]  # inches
     if width > height:
         layout = [["slide"], ["map"], ["legend"]]
         ratios = [WIDTH * height / width, WIDTH * height / width, 1.5]
@@ -305,17 +312,19 @@ def map_figure(
     panels["slide"].imshow(slide, extent=(0, width, height, 0))
     colours = np.array([to_rgb(colour) for colour in MAP_COLOURS])[probs.argmax(2)]
     certainty = probs.max(2)[..., None]
-    # Half a window at the border has no centre of a window in it, so the map is a little smaller.
-    left = (width - step * probs.shape[1]) / 2
-    top = (height - step * probs.shape[0]) / 2
-    extent = (left, width - left, height - top, top)
+    # Half a window at the border has no centre of a window in it, so the map begins half a step
+    # from the upper left corner.
+    right, bottom = step * (probs.shape[1] + 0.5), step * (probs.shape[0] + 0.5)
+    extent = (step / 2, right, bottom, step / 2)
     panels["map"].imshow(certainty * colours + 1 - certainty, extent=extent)
     panels["map"].set(xlim=(0, width), ylim=(height, 0))
     _scale_bar(panels["map"], width, height)
     patches = [Patch(facecolor=colour, edgecolor=GREY) for colour in MAP_COLOURS]
     panels["legend"].legend(patches, legend, loc="upper left", ncols=2)
-    for axes in panels.values():
-        axes.axis("off")
+    panels["legend"].axis("off")
+    for name in ("slide", "map"):
+        panels[name].set(xticks=[], yticks=[])
+        panels[name].spines[:].set(visible=True, color=GREY, linewidth=0.5)
     return figure
 
 
@@ -324,9 +333,10 @@ def _scale_bar(axes: Axes, width: float, height: float) -> None:
     power = 10.0 ** np.floor(np.log10(width / 4))
     length = max(n * power for n in (1, 2, 5) if n * power <= width / 4)
     y = 1.03 * height
-    axes.plot([0, length], [y, y], color="black", linewidth=3, clip_on=False)
-    place: Any = {"xytext": (0, -5), "textcoords": "offset points", "va": "top"}
-    axes.annotate(f"{length:g} mm", (0, y), fontsize=10, **place)
+    line: Any = {"linewidth": 3, "solid_capstyle": "butt", "clip_on": False}
+    axes.plot([0, length], [y, y], color="black", **line)
+    place: Any = {"xytext": (0, -5), "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate(f"{length:g} mm", (0, y), va="top", fontsize=10, **place)
 
 
 @house_style

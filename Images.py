@@ -18,6 +18,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError("not a regular file")
     Image.MAX_IMAGE_PIXELS = max_pixels
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for example about damaged EXIF data
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(path)
     pages = getattr(image, "n_frames", 1)

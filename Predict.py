@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend may be missing here
 
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +131,6 @@ def prepare_out(out: Path, files: list) -> None:
     if any(file.parent.resolve() == out.resolve() for file in files):
         raise UserError(f"--out {out}: one of the images lies there; choose another folder")
     make_folder(out, "--out")
-    tempfile.TemporaryFile(dir=out).close()
     refuse_foreign(out / "predictions.csv", HEADER, [out / "predictions.png"])
 
 
@@ -237,7 +235,7 @@ def parse_args(argv: list | None):
     add("--mpp", type=float, metavar="N", help=mpp)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     args = parser.parse_args(argv)
-    if args.map and (len(args.paths) > 1 or args.paths[0].is_dir()):
+    if args.map and len(args.paths) > 1:
         parser.error("--map: needs one slide; give the path of one image")
     if args.map and args.explain:
         parser.error("--explain: not with --map")

@@ -47,7 +47,6 @@ class Config:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
-    label_smoothing: float = 0.1
     warmup: float = 0.2  # share of the steps in which the learning rate rises
     flips: bool = True  # flips, quarter turns and shifts
     stain: float = 0.25  # half width of the stains' gain, see `stain_jitter`; 0: off

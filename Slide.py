@@ -34,6 +34,7 @@ from Images import open_image, to_rgb
 TILE = 112.0  # micrometres a side: 224 pixels of 0.5 in NCT-CRC-HE
 STEP = TILE / 2000  # millimetres from one window to the next
 MAX_PIXELS = 400_000_000  # of a slide; each takes 4 bytes of memory
+LONGEST = 150  # millimetres; a usual slide has 76
 BACKGROUND = SHORT_NAMES.index("BACK")
 EMPTY = 200  # a window whose pixels are all brighter is glass without tissue
 HEADER = ["class", "area in mm2", "share of tissue"]  # of the CSV file
@@ -44,8 +45,11 @@ def draw_map(path: Path, mpp: float | None, models: list, identity: dict, out: P
     class) and NAME-map.npz (probabilities) to the folder `out`. `mpp` is the slide's micrometres
     per pixel, or None if the file says it. `identity` is that of the data that the models were
     trained on. UserError if the slide cannot be read or is too small."""
-    picture, table, arrays = (out / f"{path.stem[:50]}-map.{end}" for end in ("png", "csv", "npz"))
+    picture, table, arrays = (out / f"{path.stem[:80]}-map.{end}" for end in ("png", "csv", "npz"))
     refuse_foreign(table, HEADER, [picture, arrays])
+    Figures.check_replaceable(picture)
+    if table.exists():
+        print(f"{table}: an earlier map of this name is replaced")
     image = open_slide(path)
     mpp = mpp or mpp_of(image, path)
     probs = classify_windows(image, mpp, models, identity["size"])
@@ -53,7 +57,8 @@ def draw_map(path: Path, mpp: float | None, models: list, identity: dict, out: P
     write_csv([HEADER, *rows], table)
     write_probabilities(probs, arrays)
     legend = [f"{name}  {float(share):.1%}" if share else name for name, _, share in rows]
-    size = image.width * 1600 // max(image.size), image.height * 1600 // max(image.size)
+    longest = max(image.size)
+    size = [max(1, side * 1600 // longest) for side in image.size]
     small = np.asarray(to_rgb(image.resize(size, Image.Resampling.BOX)))
     width = image.width * mpp / 1000
     note = Figures.data_note(identity["kind"])
@@ -69,6 +74,8 @@ def open_slide(path: Path) -> Image.Image:
         image.load()
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
     except Exception as error:  # whatever a decoder raises
         reason = " ".join(str(error).split())[:150]
         what = f"{path}: cannot be read as a slide ({reason})"
@@ -78,13 +85,13 @@ def open_slide(path: Path) -> Image.Image:
 
 
 def mpp_of(image: Image.Image, path: Path) -> float:
-    """Return the micrometres per pixel that the file states. UserError if it states none, or one of
-    more than 32, which is the resolution of a screen or a printer."""
-    across, down = image.info.get("dpi", (0, 0))  # pixels per inch
-    if not across or across != down or 25_400 / across > 32:
+    """Return the micrometres per pixel that the file states. UserError if it states none, or one
+    that no microscope has: from 16 on it is the resolution of a screen or a printer."""
+    across, down = map(float, image.info.get("dpi", (0, 0)))  # pixels per inch
+    mpp = 25_400 / across if across > 0 else 0.0
+    if not 0.05 < mpp < 16 or abs(down / across - 1) > 0.01:
         what = f"{path}: does not say how many micrometres a pixel is"
         raise UserError(f"{what}; give it with --mpp")
-    mpp = 25_400 / float(across)
     print(f"{path}: {mpp:.3g} micrometres per pixel, as the file says")
     return mpp
 
@@ -95,10 +102,13 @@ def classify_windows(image: Image.Image, mpp: float, models: list, size: int) ->
     time. UserError if the slide is smaller than one window."""
     scale = TILE / size / mpp  # pixels of the slide for each pixel of a tile
     width, height = int(image.width / scale), int(image.height / scale)
+    shown = f"{image.width * mpp / 1000:.4g} x {image.height * mpp / 1000:.4g} mm"
     if min(width, height) < size:
-        shown = f"{image.width * mpp:.0f} x {image.height * mpp:.0f} micrometres"
-        what = f"--mpp {mpp:g}: the slide shows only {shown}"
-        raise UserError(f"{what}, less than a tile of {TILE:.0f}; check the number")
+        what = f"{mpp:g} micrometres per pixel: the slide shows only {shown}"
+        raise UserError(f"{what}, less than a tile of {TILE / 1000}; check --mpp")
+    if max(image.size) * mpp / 1000 > LONGEST:
+        what = f"{mpp:g} micrometres per pixel: the slide would be {shown}"
+        raise UserError(f"{what}, longer than any glass; check --mpp")
     rows = []
     tops = range(0, height - size + 1, size // 2)
     for top in tqdm(tops, desc="map", unit="row of windows", disable=None):
@@ -134,7 +144,8 @@ def classify_row(models: list, windows: Tensor) -> ndarray:
 
 def class_areas(probs: ndarray) -> list:
     """Return for each class its name, its area in square millimetres and its share of the tissue,
-    as texts. Every window stands for the square of STEP in its middle."""
+    as texts. Every window stands for the square of STEP in its middle. Areas of tissue come out a
+    little large, because a window that touches its border is seldom called background."""
     counts = np.bincount(probs.argmax(2).ravel(), minlength=len(CLASS_NAMES))
     tissue = counts.sum() - counts[BACKGROUND]
     rows = []

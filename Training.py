@@ -105,7 +105,7 @@ def train_one_epoch(
         images = images.to(config.device, non_blocking=images.is_pinned())
         labels = labels.to(config.device, non_blocking=labels.is_pinned())
         logits = train_step(state, images, labels, generator)
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")  # without label smoothing
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         bar.update()
@@ -133,7 +133,7 @@ def train_step(
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = state.model(images)
     logits = logits.float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    loss = F.cross_entropy(logits, labels)
     state.model.zero_grad()
     loss.backward()
     for optimizer in state.optimizers:

@@ -41,7 +41,7 @@ def test_accuracy_measures_each_run_once_and_draws_it(tiny, tmp_path, monkeypatc
     assert row["epochs"] == 60 and row["test"]["seeds"] == 2
     assert row["test"]["mean"] == pytest.approx(sum(of_both) / 2)
     drawn = accuracy.figures({"default": row, "epochs: 60": row}, 72)
-    assert list(drawn) == ["accuracy_minutes", "accuracy_images"]
+    assert list(drawn) == ["accuracy_minutes", "accuracy_images", "accuracy_size"]
 
 
 def test_speed_takes_a_step_and_makes_its_table(data, monkeypatch):

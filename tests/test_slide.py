@@ -4,12 +4,14 @@ import csv
 import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import make_arrays, only_line
 from PIL import Image
 
+import Figures
 import Slide
 import Training
 from Common import CLASS_NAMES, SHORT_NAMES
@@ -54,6 +56,26 @@ def test_a_mosaic_of_tiles_gets_the_tiles_probabilities(predict_cli, run_dir, tm
     shares = [float(row["share of tissue"]) for row in rows if row["share of tissue"]]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert Image.open(tmp_path / "mosaic-map.png").width == 1050
+    status, out, _ = predict_cli(slide, "--map", "--mpp", 4, "--run", run_dir, "--out", tmp_path)
+    assert status == 0
+    assert "an earlier map of this name is replaced" in out
+
+
+def test_the_map_lies_over_the_slide_and_the_bar_has_its_length():
+    probs = np.zeros((3, 5, 9))
+    probs[..., 1] = 1
+    probs[1, 2] = np.eye(9)[8]
+    figure = Figures.map_figure(np.zeros((41, 65, 3), np.uint8), 0.26, probs, 0.056, ["x"] * 9)
+    _, axes, _ = figure.axes
+    image = axes.images[0]
+    left, right, bottom, top = image.get_extent()
+    assert ((right - left) / 5, (bottom - top) / 3) == pytest.approx((0.056, 0.056))
+    assert (left, top) == pytest.approx((0.028, 0.028))  # half a tile is 0.056, the first centre
+    tumour = image.get_array()[1, 2]
+    assert matplotlib.colors.to_hex(tumour) == Figures.VERMILION.lower()
+    bar, label = axes.lines[0], axes.texts[0]
+    assert label.get_text() == f"{bar.get_xdata()[1]:g} mm" == "0.05 mm"
+    assert label.get_window_extent().width > 20  # it is drawn
 
 
 def test_the_scale_decides_and_may_come_from_the_file(predict_cli, run_dir, tmp_path):
@@ -109,18 +131,23 @@ def test_bad_slides_are_refused_in_one_line(predict_cli, run_dir, tmp_path, monk
         (slide, ["--map"], "give it with --mpp"),
         (screen, ["--map"], "give it with --mpp"),
         (slide, ["--map", "--mpp", "0"], "--mpp: 0 is not between"),
-        (slide, ["--map", "--mpp", "0.1"], "less than a tile of 112"),
+        (slide, ["--map", "--mpp", "0.1"], "less than a tile of 0.112"),
         (slide, ["--mpp", "4"], "--mpp: only with --map"),
         (slide, ["--map", "--mpp", "4", "--explain"], "--explain: not with --map"),
-        (tmp_path, ["--map", "--mpp", "4"], "needs one slide"),
+        (slide, ["--map", "--mpp", "1000"], "longer than any glass"),
+        (tmp_path, ["--map", "--mpp", "4"], "not a regular file"),
+        (tmp_path / ("x" * 300), ["--map", "--mpp", "4"], "File name too long"),
         (text, ["--map", "--mpp", "4"], "cannot be read as a slide (cannot identify"),
-        (tmp_path / "none.png", ["--map", "--mpp", "4"], "No such file"),
+        (tmp_path / "none.png", ["--map", "--mpp", "4"], "no such file; check the path"),
         (slide, ["--map", "--mpp", "4", "--out", mine.parent], "choose another --out"),
     ):
         status, _, err = predict_cli(path, "--run", run_dir, "--out", tmp_path / "out", *argv)
         assert status == 2
         assert said in only_line(err)
     assert mine.read_text() == "my own file"
+    status, _, err = predict_cli(slide, screen, "--map", "--mpp", 4, "--run", run_dir)
+    assert status == 2
+    assert "needs one slide" in only_line(err)
     monkeypatch.setattr(Slide, "MAX_PIXELS", 1000)
     status, _, err = predict_cli(slide, "--map", "--mpp", 4, "--run", run_dir, "--out", tmp_path)
     assert status == 2

@@ -7,7 +7,7 @@ Every row is trained here, on the same images, by one thread, two runs at a time
 file all of it takes a day of two cores, so it may be done in parts: a run that accuracy.json has is
 not trained again, and an interrupted one goes on in its folder in --work (others' recipes start
 again). Delete both when the recipe has changed. Prints a Markdown table; writes accuracy.json,
-which report.md quotes, and two figures next to it.
+which report.md quotes, and three figures next to it.
 """
 
 import argparse
@@ -61,6 +61,17 @@ SCORES = {  # key -> split, and whether the probabilities are means over eight v
     "shift": ("shift", False),
     "test": ("test", False),
     "test_tta": ("test", True),
+}
+
+# Test accuracy of pretrained networks, trained end to end at each size (Doerrich et al. 2024, arXiv
+# 2404.15786: three seeds, epoch chosen by val). Quoted, not measured here.
+SIZES = (28, 64, 128, 224)
+BY_SIZE = {
+    "VGG16": (0.889, 0.938, 0.949, 0.947),
+    "ResNet-18": (0.855, 0.934, 0.953, 0.938),
+    "DenseNet-121": (0.853, 0.923, 0.947, 0.957),
+    "ViT-B/16": (0.828, 0.920, 0.946, 0.958),
+    "SAM": (0.845, 0.918, 0.957, 0.961),
 }
 
 
@@ -379,9 +390,31 @@ def curve_figure(
     return figure
 
 
+@house_style
+def size_figure(default: dict) -> Figure:
+    """Draw test accuracy over the images' size: the default's row, and published networks."""
+    figure = Figure(figsize=(WIDTH, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+    for (name, values), line in zip(BY_SIZE.items(), styles, strict=True):
+        axes.plot(SIZES, values, color=GREY, linestyle=line, label=f"{name}, pretrained")
+    for key, label, colour in (
+        ("test", "this project, one view", BLUE),
+        ("test_tta", "this project, eight views", VERMILION),
+    ):
+        spread = default[key]["std"] or 0
+        style = {"color": colour, "marker": "o", "capsize": 3, "label": label}
+        axes.errorbar(28, default[key]["mean"], spread, linestyle="", **style)
+    axes.set_xscale("log")
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.minorticks_off()
+    axes.set(xlabel="pixels a side", ylabel="accuracy", title="Test accuracy by size of the images")
+    axes.legend(loc="lower right")
+    return figure
+
+
 def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
-    """Return the two figures, as far as their rows are there."""
-    title = "seed 0, or mean and s.d. of several seeds"
+    """Return the figures, as far as their rows are there."""
     by_time = {row["core_minutes"]: row for name, row in results.items() if "epochs:" in name}
     by_count = {n: results[name] for n in IMAGES if (name := f"{n:,} training images") in results}
     others = {}
@@ -393,8 +426,12 @@ def figures(results: dict[str, dict], n_train: int) -> dict[str, Figure]:
         by_time[results["default"]["core_minutes"]] = results["default"]
         by_count[n_train] = results["default"]
         xlabel = "minutes of training on one core"
-        drawn["accuracy_minutes"] = curve_figure(by_time, xlabel, title, others)
+        drawn["accuracy_minutes"] = curve_figure(
+            by_time, xlabel, "Accuracy against training time", others
+        )
+        title = "Accuracy against the number of training images"
         drawn["accuracy_images"] = curve_figure(by_count, "training images", title)
+        drawn["accuracy_size"] = size_figure(results["default"])
     return drawn
 
 
