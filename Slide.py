@@ -61,6 +61,7 @@ def draw_map(path: Path, mpp: float | None, models: list, identity: dict, out: P
     size = [max(1, side * 1600 // longest) for side in image.size]
     small = np.asarray(to_rgb(image.resize(size, Image.Resampling.BOX)))
     width = image.width * mpp / 1000
+    del image  # a large slide takes a gigabyte, which drawing needs for itself
     note = Figures.data_note(identity["kind"])
     Figures.save(Figures.map_figure(small, width, probs, STEP, legend, note), picture)
     print(plain_table([HEADER, *rows]))
