@@ -110,8 +110,8 @@ def gain_and_offset(images: Tensor, generator: Generator, width: float) -> Tenso
 
 def change_quality(images: Tensor, generator: Generator, config: Config) -> Tensor:
     """Change the sharpness of a share of the images, add noise to another share, and compress a
-    third; the rest stay as they are. No image gets two of these, because together they remove too
-    much of the tissue. Each batch is in random order, so the shares are taken from its start."""
+    third; the rest stay as they are. In trials, one change for each image was better than several
+    (docs/experiments.md). A batch is in random order, so the shares are taken from its start."""
     n = len(images)
     counts = [round(n * share) for share in (config.sharpness, config.noise, config.jpeg)]
     counts.append(n - sum(counts))

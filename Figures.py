@@ -329,7 +329,7 @@ def map_figure(
 
 
 def _scale_bar(axes: Axes, width: float, height: float) -> None:
-    """Draw a bar of 1, 2 or 5 times a power of ten millimetres, about a fifth of the width."""
+    """Draw a bar of 1, 2 or 5 times a power of ten millimetres, at most a quarter of the width."""
     power = 10.0 ** np.floor(np.log10(width / 4))
     length = max(n * power for n in (1, 2, 5) if n * power <= width / 4)
     y = 1.03 * height

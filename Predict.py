@@ -141,7 +141,8 @@ def read_tiles(files: list, size: int) -> tuple[list, ndarray]:
         try:
             with open_image(path) as image:
                 tiles.append(to_tile(image, size))
-                slides += [path] if looks_like_slide(image) else []
+                if looks_like_slide(image):
+                    slides.append(path)
             good.append(path)
         except Exception as error:  # whatever a decoder raises, go on with the other files
             reason = " ".join(str(error).split())[:100]

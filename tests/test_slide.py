@@ -154,6 +154,34 @@ def test_bad_slides_are_refused_in_one_line(predict_cli, run_dir, tmp_path, monk
     assert "at most 1,000 pixels" in only_line(err)
 
 
+def test_a_users_picture_is_noticed_before_anything_is_replaced(predict_cli, run_dir, tmp_path):
+    slide, out = save(tmp_path / "slide.png"), tmp_path / "out"
+    argv = [slide, "--map", "--mpp", 4, "--run", run_dir, "--out", out]
+    assert predict_cli(*argv)[0] == 0
+    (out / "slide-map.png").write_text("my own picture")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    status, _, err = predict_cli(*argv)
+    assert status == 2
+    assert "not a figure of this program" in only_line(err)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    figure, path = matplotlib.figure.Figure(), tmp_path / "figure.png"
+    Figures.save(figure, path)
+    earlier = path.read_bytes()
+
+    def fail(_figure, file, **_options):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Figures.save(figure, path)
+    assert path.read_bytes() == earlier
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_without_map_a_slide_is_named(predict_cli, run_dir, tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()

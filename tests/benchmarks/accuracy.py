@@ -125,15 +125,15 @@ def scores(model: nn.Module, data: PathData, folder: Path) -> dict[str, object]:
 class Clock:
     """Stands for the TensorBoard log, and notes how long the processor worked on each epoch."""
 
+    def __init__(self) -> None:
+        self.last = time.process_time()
+
     def start(self, _model: nn.Module) -> None:
         """There is nothing to note yet."""
 
     def epoch(self, row: dict, *_predictions: np.ndarray) -> None:
         """Add the seconds to the epoch's row of the history, which the checkpoint keeps."""
         row["core_seconds"] = time.process_time() - self.last
-        self.last = time.process_time()
-
-    def __init__(self) -> None:
         self.last = time.process_time()
 
 
