@@ -1,5 +1,6 @@
 """Tests of downloading, against a local web server: python -m pytest tests/test_download.py"""
 
+import gc
 import hashlib
 import os
 import signal
@@ -49,6 +50,9 @@ def server(monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
+    # Pooch leaves its connections open. They are collected here, because their warning would make
+    # a later test fail.
+    gc.collect()
 
 
 @pytest.fixture
