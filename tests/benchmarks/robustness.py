@@ -7,7 +7,8 @@ Nine kinds of corruption at several severities, by Pillow and torchvision, are a
 tiles, the same way each time. Prints a Markdown table: accuracy from one view by kind and severity,
 the mean of the nine kinds, and the calibration error over the whole suite. Recipes are chosen on
 val, the default split. With --keep, the results go under that name into robustness.json, and
-robustness.png shows everything in that file.
+robustness.png shows everything in that file. With --confusion, confusion matrices are drawn of the
+tiles as they are, blurred, and noisy.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
@@ -36,7 +38,7 @@ import Processor  # noqa: E402
 import Runs  # noqa: E402
 import Training  # noqa: E402
 from analyze_data import load_data  # noqa: E402
-from Common import markdown_table, write_json  # noqa: E402
+from Common import SHORT_NAMES, markdown_table, write_json  # noqa: E402
 from Figures import BLUE, GREY, ORANGE, WIDTH, house_style, save  # noqa: E402
 
 COUNT = 2_400  # images, so that the suite takes a minute
@@ -129,12 +131,17 @@ def probabilities(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
     return Training.predict(model, [(part, torch.zeros(len(part))) for part in parts])[0]
 
 
+def chosen(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return COUNT of the images and their labels, drawn at random, the same each time."""
+    order = np.random.default_rng(0).permutation(len(images))[:COUNT]
+    return images[order], labels[order]
+
+
 def measure(predict: Callable, images: np.ndarray, labels: np.ndarray) -> dict:
     """Corrupt COUNT of the images, drawn at random. `predict` turns uint8 images (N, S, S, 3) into
     probabilities (N, 9). Returns "clean" accuracy, "kinds" (accuracy by kind and severity), "mean"
     (of the kinds) and "ece" (over all corrupted images)."""
-    chosen = np.random.default_rng(0).permutation(len(images))[:COUNT]
-    images, labels = images[chosen], labels[chosen]
+    images, labels = chosen(images, labels)
     clean = predict(images)
     kinds: dict = {}
     everything = []
@@ -150,6 +157,31 @@ def measure(predict: Callable, images: np.ndarray, labels: np.ndarray) -> dict:
         "mean": float(np.mean([np.mean(list(each.values())) for each in kinds.values()])),
         "ece": Evaluation.expected_calibration_error(together, np.tile(labels, len(everything))),
     }
+
+
+@house_style
+def confusion_figure(predict: Callable, images: np.ndarray, labels: np.ndarray) -> Figure:
+    """Draw confusion matrices side by side: of COUNT tiles as they are, blurred, and noisy."""
+    images, labels = chosen(images, labels)
+    panels = {
+        "as they are": images,
+        "blurred by 0.8 px": blur(images, 0.8),
+        "noise of 0.02": noise(images, 0.02),
+    }
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    row = figure.subplots(1, 3, sharey=True)
+    for axes, (title, tiles) in zip(row, panels.items(), strict=True):
+        predicted = predict(tiles).argmax(1)
+        share = confusion_matrix(labels, predicted, labels=range(9), normalize="true")
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(9), SHORT_NAMES, rotation=90, fontsize=9)
+        axes.set_yticks(range(9), SHORT_NAMES, fontsize=9)
+        axes.set_title(f"{title}: {(predicted == labels).mean():.3f}", fontsize=11)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.set_xlabel("predicted class")
+    row[0].set_ylabel("true class")
+    return figure
 
 
 @house_style
@@ -190,12 +222,16 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=("val", "test"), default="val", help="default: val")
     parser.add_argument("--keep", metavar="NAME", help="name of the results in robustness.json")
+    parser.add_argument("--confusion", type=Path, metavar="FILE", help="draw it into this file")
     args = parser.parse_args()
     Processor.prepare()
     data = load_data(args.data)
+    split = data.images[args.split], data.labels[args.split]
     model, _ = Runs.load_model(args.run, "cpu")
     predict = partial(probabilities, model)
-    found = measure(predict, data.images[args.split], data.labels[args.split])
+    if args.confusion:
+        save(confusion_figure(predict, *split), args.confusion)
+    found = measure(predict, *split)
     print(table(found))
     if args.keep:
         path = HERE / "robustness.json"
