@@ -56,10 +56,9 @@ def test_per_class_table_is_that_of_the_committed_run_and_of_five_seeds():
     five = [run["recall_test"] for run in runs if run["name"] == "default"]
     assert len(five) == 5
     for short, name in zip(SHORT_NAMES, CLASS_NAMES, strict=True):
-        row = f"| {short} | {name} |"
-        for split in ("test", "val"):
-            scores = METRICS[split]["per_class"][name]
-            row += f" {scores['precision']:.3f} | {scores['recall']:.3f} | {scores['support']} |"
+        scores = METRICS["test"]["per_class"][name]
+        row = f"| {short} | {name} | {scores['support']} |"
+        row += f" {scores['precision']:.3f} | {scores['recall']:.3f} |"
         recall = [run[short] for run in five]
         row += f" {np.mean(recall):.3f} ({np.std(recall, ddof=1):.3f}) |"
         assert_rows(row, REPORT)
@@ -69,7 +68,7 @@ def test_the_table_of_corruptions_is_that_of_the_benchmark():
     found = json.loads((BENCHMARKS / "robustness.json").read_text())
     for kind, before in found["before"]["kinds"].items():
         means = [np.mean(list(each.values())) for each in (before, found["after"]["kinds"][kind])]
-        assert f"| {kind} | {', '.join(before)} | {means[0]:.3f} | {means[1]:.3f} |" in REPORT
+        assert f"| {kind} | {means[0]:.3f} | {means[1]:.3f} |" in REPORT
 
 
 def test_stage_table_and_parameter_count_are_the_models():
