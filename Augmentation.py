@@ -1,5 +1,6 @@
 """Augmentation: a random view of every image, computed for the whole batch at once.
 
+    images, targets = cutmix(images, labels)
     images = augment(images, generator, config)
 
 The functions take tensors and a random generator and return tensors. `augment` turns uint8 images
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from Common import CLASSES
 from Runs import Config
 
 # Optical densities in red, green and blue of haematoxylin, eosin and DAB, which stands for the rest
@@ -34,6 +36,18 @@ def augment(images: Tensor, generator: Generator, config: Config) -> Tensor:
     if config.color:
         images = gain_and_offset(images, generator, config.color)
     return change_quality(images, generator, config)
+
+
+def cutmix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of another image into every image of a batch, uint8 (N, S, S, 3). Returns
+    the images and their targets, float (N, 9): the share of each class in the area. This is
+    torchvision's CutMix (Yun et al. 2019, arXiv 1905.04899); it draws from PyTorch's global
+    generator."""
+    from torchvision.transforms import v2  # here, because this import takes two seconds
+
+    images = images.permute(0, 3, 1, 2)
+    images, targets = v2.CutMix(num_classes=len(CLASSES))(images, labels)
+    return images.permute(0, 2, 3, 1).contiguous(), targets
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ CSV_FIELDS += ["val_accuracy", "val_auc", "seconds", "images_per_second"]
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one training run; for epochs and patience, 0 means "decided by
-    `Training.resolve`"."""
+    """The options of one training run. `Training.resolve` decides on epochs and patience if they
+    are 0, and on cutmix if it is None."""
 
     model: str = "skipcnn"
     epochs: int = 0
@@ -54,6 +54,7 @@ class Config:
     sharpness: float = 0.4  # share of the images that are blurred or sharpened
     noise: float = 0.2  # share of the images that get noise
     jpeg: float = 0.07  # share of the images that are compressed
+    cutmix: float | None = None  # share of the batches whose images are mixed
 
 
 def config_from(values: dict) -> Config:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import Evaluation
 import Optimizer
 import Processor
-from Augmentation import augment, to_float
+from Augmentation import augment, cutmix, to_float
 from Common import UserError
 from Dashboard import Log
 from MyModels import TissueModel, count_parameters
@@ -40,6 +40,9 @@ from Runs import (
 EPOCHS = {"cpu": 15, "cuda": 60}
 MAX_EPOCHS = 300
 SYNTHETIC_EPOCHS = 20  # to try the program in less than a minute
+# With so many epochs, the network would learn its few images by heart. CutMix prevents that, but it
+# costs accuracy with many images (docs/experiments.md).
+CUTMIX_EPOCHS = 200
 
 SEED_STEP = 100_003  # more than the largest --epochs, so that no two epochs share a random seed
 # Images of 28 px, see `eval_batch`. On a CPU, batches of 500 are half as fast per image.
@@ -91,8 +94,9 @@ def train_one_epoch(
     threads: Processor.Threads,
 ) -> dict:
     """Train for one epoch; return its row of the history, without the validation metrics.
-    Cross-entropy and accuracy are means over the augmented images. The sums stay on the device
-    until the end, so that no step has to wait for them."""
+    Cross-entropy and accuracy are means over the augmented images; in an image mixed by CutMix, the
+    class with the larger part is the right one. The sums stay on the device until the end, so that
+    no step has to wait for them."""
     start = time.perf_counter()
     config = state.config
     generator = seed_epoch(loader, config, epoch)
@@ -104,9 +108,10 @@ def train_one_epoch(
         set_learning_rate(state.optimizers, lr)
         images = images.to(config.device, non_blocking=images.is_pinned())
         labels = labels.to(config.device, non_blocking=labels.is_pinned())
-        logits = train_step(state, images, labels, generator)
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
+        logits, targets = train_step(state, images, labels, generator)
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+        right = targets if targets.ndim == 1 else targets.argmax(1)
+        correct = (logits.argmax(1) == right).sum()
         sums += torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         bar.update()
         threads.adapt()
@@ -124,21 +129,23 @@ def train_one_epoch(
 
 def train_step(
     state: "TrainingState", images: Tensor, labels: Tensor, generator: Generator
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Augment one batch, do the forward and backward pass, and update the weights. Takes uint8
-    images (N, S, S, 3) and int64 labels (N,) on the device; returns the logits (N, 9), float32 and
-    detached."""
-    config = state.config
+    images (N, S, S, 3) and int64 labels (N,) on the device. Returns the logits (N, 9), float32 and
+    detached, and the targets: the labels, or float (N, 9) after CutMix."""
+    config, targets = state.config, labels
+    if config.cutmix and torch.rand(1).item() < config.cutmix:
+        images, targets = cutmix(images, labels)
     images = augment(images, generator, config)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = state.model(images)
     logits = logits.float()
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, targets)
     state.model.zero_grad()
     loss.backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    return logits.detach()
+    return logits.detach(), targets
 
 
 @torch.inference_mode()
@@ -345,8 +352,8 @@ class TrainingState:
 
 
 def resolve(config: Config, n_train: int, kind: str = "") -> Config:
-    """Choose the epochs, patience, device and precision that the user did not set. `n_train` is the
-    number of training images, `kind` the kind of the data (see `PathData`)."""
+    """Choose the epochs, patience, device, precision and CutMix that the user did not set.
+    `n_train` is the number of training images, `kind` the kind of the data (see `PathData`)."""
     device = Processor.choose_device(config.device)
     epochs = config.epochs
     if epochs == 0 and kind == "synthetic":
@@ -359,4 +366,8 @@ def resolve(config: Config, n_train: int, kind: str = "") -> Config:
     # The default patience is long, a third of the epochs, because the learning rate is low, and the
     # results best, only at the end of the schedule.
     patience = config.patience or max(5, math.ceil(epochs / 3))
-    return replace(config, epochs=epochs, patience=patience, device=device, precision=precision)
+    share = config.cutmix
+    if share is None:
+        share = 0.5 if epochs >= CUTMIX_EPOCHS else 0.0
+    config = replace(config, device=device, precision=precision, cutmix=share)
+    return replace(config, epochs=epochs, patience=patience)

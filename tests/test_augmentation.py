@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Generator
 
 import Augmentation
-from Augmentation import augment, random_view, to_float
+from Augmentation import augment, cutmix, random_view, to_float
 from Runs import Config
 
 OFF = Config(flips=False, stain=0.0, color=0.0, sharpness=0.0, noise=0.0, jpeg=0.0)
@@ -45,6 +45,19 @@ def test_random_view_draws_each_flip_turn_and_shift_of_each_image():
     for number in range(8):  # each is drawn 500 times, with a standard deviation of 21
         count = sum(drawn.count(view) for view in allowed[number::8])
         assert 420 < count < 580
+
+
+def test_cutmix_mixes_targets_by_the_area_that_was_pasted():
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 5, 8])
+    images = labels.view(3, 1, 1, 1).expand(3, 28, 28, 3).byte()  # an image's value is its class
+    for _ in range(20):
+        mixed, targets = cutmix(images, labels)
+        for image, target in zip(mixed, targets, strict=True):
+            share = torch.bincount(image.flatten(), minlength=9) / image.numel()
+            assert torch.allclose(share, target, atol=1e-6)
+    assert (mixed.shape, mixed.dtype) == (images.shape, torch.uint8)
+    assert mixed.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["flips", "stain", "color", "sharpness", "noise", "jpeg"])

@@ -34,7 +34,8 @@ from Runs import Config
 from Training import predict, resolve
 
 Patch = pytest.MonkeyPatch
-CONFIG = resolve(Config(epochs=3, batch_size=16, device="cpu", precision="fp32"), 72)
+CONFIG = Config(epochs=3, batch_size=16, device="cpu", precision="fp32", cutmix=0.5)
+CONFIG = resolve(CONFIG, 72)
 
 
 def small():
@@ -181,6 +182,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(data, tmp_path, monk
 def test_default_options(monkeypatch):
     resolved = [resolve(Config(device="cpu"), n) for n in (9, 800, 90_000)]
     assert [(c.epochs, c.patience) for c in resolved] == [(300, 100), (255, 85), (15, 5)]
+    assert [c.cutmix for c in resolved] == [0.5, 0.5, 0]  # only where images are few
     assert resolve(Config(), 800, "synthetic").epochs == 20  # less than a minute
     assert resolve(CONFIG, 90_000, "synthetic") == CONFIG  # what is given stays
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
