@@ -47,7 +47,7 @@ import Processor  # noqa: E402
 import Training  # noqa: E402
 from analyze_data import PathData, channel_stats, load_data  # noqa: E402
 from Augmentation import to_float  # noqa: E402
-from Common import SHORT_NAMES, write_json  # noqa: E402
+from Common import SHORT_NAMES, markdown_table, write_json  # noqa: E402
 from Figures import BLUE, GREY, ORANGE, VERMILION, WIDTH, house_style  # noqa: E402
 from MyModels import ResNet18, SkipCNN, count_parameters  # noqa: E402
 from Optimizer import make_optimizers  # noqa: E402
@@ -62,6 +62,8 @@ SCORES = {  # key -> split, and whether the probabilities are means over eight v
     "test": ("test", False),
     "test_tta": ("test", True),
 }
+
+NAMES = ("val", "simulated shift", "test", "8 views", "suite")  # of SCORES and the suite in a table
 
 # Test accuracy of pretrained networks, trained end to end at each size (Doerrich et al. 2024, arXiv
 # 2404.15786: three seeds, epoch chosen by val). Quoted, not measured here.
@@ -290,17 +292,23 @@ def fit_logistic(data: PathData, seed: int, folder: Path, features: Callable) ->
     return row
 
 
+CHANGES: dict[str, Callable] = {  # one part of the default changed
+    "without stain and colour": partial(train_ours, color=0.0, stain=0.0),
+    "without sharpness, noise and compression": partial(
+        train_ours, sharpness=0.0, noise=0.0, jpeg=0.0
+    ),
+    "without flips, turns and shifts": partial(train_ours, flips=False),
+    "without skip connections": partial(train_ours, skip=False),
+    "AdamW instead of Muon": partial(train_ours, adamw=True),
+}
+
+
 def rows() -> dict[str, tuple[Callable[[PathData, int, Path], dict], int]]:
     """Return what is measured: by name, the function and how many of the seeds it gets."""
-    camera = {"sharpness": 0.0, "noise": 0.0, "jpeg": 0.0}
     histogram = partial(fit_logistic, features=colour_histogram)
     return {
         "default": (train_ours, 5),
-        "without stain and colour": (partial(train_ours, color=0.0, stain=0.0), 3),
-        "without sharpness, noise and compression": (partial(train_ours, **camera), 3),
-        "without flips, turns and shifts": (partial(train_ours, flips=False), 3),
-        "without skip connections": (partial(train_ours, skip=False), 3),
-        "AdamW instead of Muon": (partial(train_ours, adamw=True), 3),
+        **{name: (train, 3) for name, train in CHANGES.items()},
         "logistic regression on mean colour": (partial(fit_logistic, features=mean_colour), 1),
         "logistic regression on a colour histogram": (histogram, 1),
         "ResNet-18, MedMNIST's recipe, 1 epoch": (partial(train_resnet, epochs=1), 1),
@@ -344,12 +352,11 @@ def markdown(found: dict) -> str:
     def cell(part: dict | None) -> str:
         if part is None:
             return ""
-        return f"{part['mean']:.3f}" + (f" ({part['std']:.3f})" if part["std"] is not None else "")
+        return f"{part['mean']:.3f}" + (f" ({part['std']:.1g})" if part["std"] is not None else "")
 
     keys = (*SCORES, "suite")
-    names = ["val", "simulated shift", "test", "8 views", "suite"]
-    lines = [f"| recipe | parameters | epochs | minutes | seeds | {' | '.join(names)} |"]
-    lines += ["|---|---:|---:|---:|---:|" + "---|" * len(names)]
+    lines = [f"| recipe | parameters | epochs | minutes | seeds | {' | '.join(NAMES)} |"]
+    lines += ["|---|---:|---:|---:|---:|" + "---|" * len(NAMES)]
     for name, row in summarise(found["runs"]).items():
         cells = [name, f"{row['parameters']:,}", f"{row['epochs']}", f"{row['core_minutes']:.1f}"]
         cells.append(f"{row['val']['seeds']}")
@@ -358,7 +365,30 @@ def markdown(found: dict) -> str:
             cells = [f"{name}, ensemble", "", "", "", f"{both['seeds']}", "", ""]
             cells += [f"{both['test']:.3f}", f"{both['test_tta']:.3f}", ""]
             lines.append("| " + " | ".join(cells) + " |")
+    if len(differences := paired(found["runs"])) > 1:
+        lines += ["", markdown_table(differences)]
     return "\n".join(lines)
+
+
+def paired(runs: list[dict]) -> list[list[str]]:
+    """Return the rows of a table: what each change of the default changes, as the mean difference
+    from the default with the same seeds, and its standard error."""
+    default = {run["seed"]: run for run in runs if run["name"] == "default"}
+    keys = (*SCORES, "suite")
+    table = [["difference from the default", "seeds", *NAMES]]
+    for name in CHANGES:
+        changed = [run for run in runs if run["name"] == name and run["seed"] in default]
+        if not changed:
+            continue
+        cells = [name, f"{len(changed)}"]
+        for key in keys:
+            differences = [run[key] - default[run["seed"]][key] for run in changed]
+            cell = f"{np.mean(differences):+.3f}"
+            if len(changed) > 1:
+                cell += f" ({np.std(differences, ddof=1) / len(changed) ** 0.5:.1g})"
+            cells.append(cell)
+        table.append(cells)
+    return table
 
 
 @house_style
