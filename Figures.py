@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
 from numpy import ndarray
 from PIL import Image
 
@@ -123,6 +124,12 @@ def learning_curves(history: list, best_epoch: int, kind: str = "") -> Figure:
             panels[key].plot(epochs, values, color=colour, label=split, linewidth=2, marker=marker)
         panels[key].set(title=key, xlabel="epoch")
         _legend_above(panels[key], "right", 2)
+    losses = [row[key] for row in history for key in ("train_loss", "val_loss")]
+    if min(losses) > 0 and max(losses) > 10 * min(losses):
+        panels["loss"].set_yscale("log")
+        panels["loss"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels["loss"].yaxis.set_major_formatter("{x:g}")
+        panels["loss"].minorticks_off()
     rates = [row["lr"] for row in history]
     panels["lr"].plot(epochs, rates, color=GREY, clip_on=False, linewidth=2, marker=marker)
     panels["lr"].set(title="learning rate", xlabel="epoch", ylim=(0, None))

@@ -61,6 +61,8 @@ def test_per_class_table_is_that_of_the_committed_run_and_of_five_seeds():
         row += f" {scores['precision']:.3f} | {scores['recall']:.3f} |"
         recall = [run[short] for run in five]
         row += f" {np.mean(recall):.3f} ({np.std(recall, ddof=1):.3f}) |"
+        val = METRICS["val"]["per_class"][name]
+        row += f" {val['precision']:.3f} | {val['recall']:.3f} |"
         assert_rows(row, REPORT)
 
 
