@@ -352,7 +352,9 @@ def markdown(found: dict) -> str:
     def cell(part: dict | None) -> str:
         if part is None:
             return ""
-        return f"{part['mean']:.3f}" + (f" ({part['std']:.1g})" if part["std"] is not None else "")
+        return f"{part['mean']:.3f}" + (
+            f" ({rounded(part['std'])})" if part["std"] is not None else ""
+        )
 
     keys = (*SCORES, "suite")
     lines = [f"| recipe | parameters | epochs | minutes | seeds | {' | '.join(NAMES)} |"]
@@ -370,6 +372,11 @@ def markdown(found: dict) -> str:
     return "\n".join(lines)
 
 
+def rounded(spread: float) -> str:
+    """Return a spread with three decimals, or with its first digit if it is smaller."""
+    return f"{spread:.3f}" if spread >= 0.0005 or spread == 0 else f"{spread:.1g}"
+
+
 def paired(runs: list[dict]) -> list[list[str]]:
     """Return the rows of a table: what each change of the default changes, as the mean difference
     from the default with the same seeds, and its standard error."""
@@ -385,7 +392,7 @@ def paired(runs: list[dict]) -> list[list[str]]:
             differences = [run[key] - default[run["seed"]][key] for run in changed]
             cell = f"{np.mean(differences):+.3f}"
             if len(changed) > 1:
-                cell += f" ({np.std(differences, ddof=1) / len(changed) ** 0.5:.1g})"
+                cell += f" ({rounded(np.std(differences, ddof=1) / len(changed) ** 0.5)})"
             cells.append(cell)
         table.append(cells)
     return table
