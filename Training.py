@@ -40,8 +40,8 @@ from Runs import (
 EPOCHS = {"cpu": 15, "cuda": 60}
 MAX_EPOCHS = 300
 SYNTHETIC_EPOCHS = 20  # to try the program in less than a minute
-# With so many epochs, the network would learn its few images by heart. CutMix prevents that, but it
-# costs accuracy with many images (docs/experiments.md).
+# From so many epochs on, half of the batches are mixed by CutMix. Without it, the network memorises
+# images that it sees so often; with it, many images give less accuracy (docs/experiments.md).
 CUTMIX_EPOCHS = 200
 
 SEED_STEP = 100_003  # more than the largest --epochs, so that no two epochs share a random seed
@@ -133,7 +133,8 @@ def train_step(
     """Augment one batch, do the forward and backward pass, and update the weights. Takes uint8
     images (N, S, S, 3) and int64 labels (N,) on the device. Returns the logits (N, 9), float32 and
     detached, and the targets: the labels, or float (N, 9) after CutMix."""
-    config, targets = state.config, labels
+    config = state.config
+    targets = labels
     if config.cutmix and torch.rand(1).item() < config.cutmix:
         images, targets = cutmix(images, labels)
     images = augment(images, generator, config)
@@ -366,8 +367,14 @@ def resolve(config: Config, n_train: int, kind: str = "") -> Config:
     # The default patience is long, a third of the epochs, because the learning rate is low, and the
     # results best, only at the end of the schedule.
     patience = config.patience or max(5, math.ceil(epochs / 3))
-    share = config.cutmix
-    if share is None:
-        share = 0.5 if epochs >= CUTMIX_EPOCHS else 0.0
-    config = replace(config, device=device, precision=precision, cutmix=share)
-    return replace(config, epochs=epochs, patience=patience)
+    cutmix_share = config.cutmix
+    if cutmix_share is None:
+        cutmix_share = 0.5 if epochs >= CUTMIX_EPOCHS else 0.0
+    return replace(
+        config,
+        epochs=epochs,
+        patience=patience,
+        device=device,
+        precision=precision,
+        cutmix=cutmix_share,
+    )

@@ -40,6 +40,13 @@ def test_accuracy_measures_each_run_once_and_draws_it(tiny, tmp_path, monkeypatc
     of_both = [run["test"] for run in results["runs"] if run["name"] == "epochs: 60"]
     assert row["epochs"] == 60 and row["test"]["seeds"] == 2
     assert row["test"]["mean"] == pytest.approx(sum(of_both) / 2)
+    runs = []
+    for name, values in (("default", (0.5, 0.6)), ("without skip connections", (0.7, 0.7))):
+        for seed, value in enumerate(values):
+            scores = dict.fromkeys((*accuracy.SCORES, "suite"), value)
+            runs.append({"name": name, "seed": seed, **scores})
+    expected = ["without skip connections", "2", *["+0.150 (0.050)"] * 5]
+    assert accuracy.paired(runs)[1:] == [expected]
     drawn = accuracy.figures({"default": row, "epochs: 60": row}, 72)
     assert list(drawn) == ["accuracy_minutes", "accuracy_images", "accuracy_size"]
 

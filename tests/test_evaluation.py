@@ -215,6 +215,7 @@ def test_learning_curves_show_the_history():
     assert [line.get_label() for line in loss.lines[:2]] == ["train", "val"]
     assert loss.lines[2].get_xdata() == [2, 2]  # the best epoch
     assert rate.lines[0].get_ydata().tolist() == [5, 2.5]
+    assert [curves(epochs).axes[0].get_yscale() for epochs in (2, 20)] == ["linear", "log"]
 
 
 def test_confusion_figure_shows_counts_and_percentages_of_the_true_class():

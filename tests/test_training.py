@@ -179,6 +179,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(data, tmp_path, monk
     assert epochs == [1, 1]
 
 
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 15, 25), (1.0, 40, 40)])
+def test_cutmix_mixes_that_share_of_the_batches(share, low, high, tmp_path):
+    state = Training.TrainingState(small(), replace(CONFIG, cutmix=share), tmp_path)
+    images, labels = torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.tensor([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    steps = [Training.train_step(state, images, labels, generator) for _ in range(40)]
+    assert low <= sum(targets.ndim == 2 for _, targets in steps) <= high
+
+
 def test_default_options(monkeypatch):
     resolved = [resolve(Config(device="cpu"), n) for n in (9, 800, 90_000)]
     assert [(c.epochs, c.patience) for c in resolved] == [(300, 100), (255, 85), (15, 5)]

@@ -378,17 +378,16 @@ def rounded(spread: float) -> str:
 
 
 def paired(runs: list[dict]) -> list[list[str]]:
-    """Return the rows of a table: what each change of the default changes, as the mean difference
-    from the default with the same seeds, and its standard error."""
+    """Return the rows of a table: for each change of the default, the mean difference from the
+    default with the same seeds, and its standard error."""
     default = {run["seed"]: run for run in runs if run["name"] == "default"}
-    keys = (*SCORES, "suite")
     table = [["difference from the default", "seeds", *NAMES]]
     for name in CHANGES:
         changed = [run for run in runs if run["name"] == name and run["seed"] in default]
         if not changed:
             continue
         cells = [name, f"{len(changed)}"]
-        for key in keys:
+        for key in (*SCORES, "suite"):
             differences = [run[key] - default[run["seed"]][key] for run in changed]
             cell = f"{np.mean(differences):+.3f}"
             if len(changed) > 1:
